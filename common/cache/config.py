@@ -1,0 +1,215 @@
+"""What a user sets. One frozen dataclass, validated on construction, with a YAML form and named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from common.errors import UserError
+
+# TeaCache's polynomials for SkyReels-V2, highest power first, fitted for five retention steps (METHOD: MotionCache and
+# TeaCache rescale the relative L1 of the time modulation with them). They go negative near zero, as published.
+SKYREELS_1_3B_POLYNOMIAL = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2)
+SKYREELS_14B_POLYNOMIAL = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1)
+
+
+@dataclass(frozen=True)
+class MotionCacheConfig:
+    """How a chunk's denoising steps are shortened.
+
+    The defaults are the published method on SkyReels-V2 1.3B (MotionCache, arXiv 2605.01725).
+
+    Args:
+        method: `"exact"` computes every token of every active chunk at every step; `"motioncache"` caches.
+        threshold: τ of Eq. 13. A token is computed when its accumulated, weighted change reaches it. Larger is faster
+            and less faithful.
+        alpha: α of Eq. 10, the smallest weight a token can have. 1 gives every token the same weight, which makes the
+            decision per chunk: FlowCache (arXiv 2602.10825).
+        weight_power: exponent on the normalised motion before α is applied (1 as published).
+        warmup_steps: first steps of a chunk that are computed whole. The public SkyReels code computes five with its
+            `warmup 4`: steps 0 to 4.
+        chunk_phase: length of the chunk-level phase between warm-up and token phase (K).
+        chunk_phase_unit: whether `chunk_phase` counts computed steps (`"updates"`, SkyReels) or all steps since the
+            chunk began, warm-up included (`"steps"`, MAGI-1).
+        min_update_share: a step that wants fewer tokens than this share, but some, computes none and lets the
+            accumulators grow. 0 turns it off.
+        temporal_vote: compute a spatial position in all frames of the chunk when more than half of them want it, and
+            in none otherwise.
+        budget: share of a chunk's tokens to compute at each step of the token phase, the most urgent ones, instead of
+            comparing with `threshold`; in the chunk phase a whole chunk is computed each time its share adds up to
+            one. Shapes are the same at every step and nothing is read back from the device.
+        distance: what Δ of Eq. 12 measures between this step and the previous one: `"modulation"` (relative L1 of the
+            time modulation, rescaled by `polynomial`), `"input"` (relative L1 of the embedded input) or `"table"`
+            (`distance_table`, measured beforehand).
+        polynomial: coefficients, highest power first, applied to the relative L1; `None` leaves it as it is.
+        distance_table: Δ per step, for `distance="table"`: entry k is the mean relative change of the residual from
+            step k-1 to step k. Its length is the number of denoising steps.
+        score: what the weights are made of: `"output_motion"` (inter-frame difference of the block stack's outputs,
+            SkyReels), `"latent_motion"` (of the noisy latents, MAGI-1), `"input_change"` (the token's own input since
+            it was last computed) or `"residual_change"` (relative change of its residual when last measured).
+        reuse: what a reused token takes from the cache: `"residual"` (block stack output minus input) or `"velocity"`
+            (the model's output).
+        extrapolation: `"hold"` uses the cached value as it is; `"sigma"` and `"logsnr"` extend the last two computed
+            values linearly over σ or over λ = log((1-σ)/σ). They keep two values per token instead of one.
+        reused_kv: K/V of tokens that are not computed at a step that computes others: `"stale"` (as published) or
+            `"neighbour"` (moved by the change of the nearest computed token of the same chunk).
+        bucket: numbers of selected tokens are rounded up to a multiple of this; the surplus goes to the next most
+            urgent tokens. Keeps shapes few for compiled blocks.
+        state_device: where K/V and residuals live between uses: `"model"` or `"cpu"`.
+
+    Raises:
+        UserError: a value is outside its range, or two settings contradict each other.
+
+    Example:
+        >>> MotionCacheConfig.preset("slow").replace(alpha=1.0).tag
+        'motioncache-t0.1-a1-k6-w5-modulation'
+    """
+
+    method: Literal["exact", "motioncache"] = "motioncache"
+    threshold: float = 0.1
+    alpha: float = 0.6
+    weight_power: float = 1.0
+    warmup_steps: int = 5
+    chunk_phase: int = 6
+    chunk_phase_unit: Literal["updates", "steps"] = "updates"
+    min_update_share: float = 0.4
+    temporal_vote: bool = True
+    budget: float | None = None
+    distance: Literal["modulation", "input", "table"] = "modulation"
+    polynomial: tuple[float, ...] | None = SKYREELS_1_3B_POLYNOMIAL
+    distance_table: tuple[float, ...] | None = None
+    score: Literal["output_motion", "latent_motion", "input_change", "residual_change"] = "output_motion"
+    reuse: Literal["residual", "velocity"] = "residual"
+    extrapolation: Literal["hold", "sigma", "logsnr"] = "hold"
+    reused_kv: Literal["stale", "neighbour"] = "stale"
+    bucket: int = 1
+    state_device: Literal["model", "cpu"] = "model"
+
+    def __post_init__(self) -> None:
+        for name in ("polynomial", "distance_table"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        for name, hint in get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
+        _check_range("threshold", self.threshold, 0.0, None)
+        _check_range("alpha", self.alpha, 0.0, 1.0)
+        _check_range("weight_power", self.weight_power, 0.01, 100.0)
+        _check_range("warmup_steps", self.warmup_steps, 1, None)
+        _check_range("chunk_phase", self.chunk_phase, 0, None)
+        _check_range("min_update_share", self.min_update_share, 0.0, 1.0)
+        _check_range("bucket", self.bucket, 1, None)
+        if self.budget is not None:
+            _check_range("budget", self.budget, 0.01, 1.0)
+        if self.distance == "table" and not self.distance_table:
+            raise UserError(
+                "distance: 'table' needs distance_table, one Δ per denoising step; measure one or use 'input'"
+            )
+        if self.reuse == "velocity" and self.score == "output_motion" and self.token_level:
+            raise UserError(
+                "score: 'output_motion' needs every token's block output, which reuse 'velocity' skips; "
+                "use score 'latent_motion' or reuse 'residual'"
+            )
+
+    @property
+    def token_level(self) -> bool:
+        """Whether tokens of one chunk can be treated differently. With α = 1 all weights are equal and they cannot."""
+        return self.method == "motioncache" and self.alpha < 1.0
+
+    @property
+    def tag(self) -> str:
+        """A compact name of the settings that matter, for file names and tables."""
+        if self.method == "exact":
+            return "exact"
+        how_much = f"t{self.threshold:g}" if self.budget is None else f"b{self.budget:g}"
+        parts = [
+            self.method,
+            how_much,
+            f"a{self.alpha:g}",
+            f"k{self.chunk_phase}",
+            f"w{self.warmup_steps}",
+            self.distance,
+        ]
+        default = type(self)()
+        parts += [
+            str(getattr(self, n))
+            for n in ("score", "reuse", "extrapolation", "reused_kv")
+            if getattr(self, n) != getattr(default, n)
+        ]
+        return "-".join(parts)
+
+    def replace(self, **changes: Any) -> MotionCacheConfig:
+        """A copy with some settings changed, validated again."""
+        return type(self).from_dict({**dataclasses.asdict(self), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as written to YAML and JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MotionCacheConfig:
+        """Build from a YAML mapping.
+
+        Raises:
+            UserError: an unknown key (with the nearest known one), or a value that is not allowed.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+                raise UserError(f"unknown cache setting {key!r}; {hint}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str) -> MotionCacheConfig:
+        """A named setting of the papers for SkyReels-V2 1.3B.
+
+        `exact`: no caching. `slow`: MotionCache as published, τ = 0.1. `fast`: τ = 0.15; the paper does not publish its
+        fast threshold, this is FlowCache's. `flowcache-slow`, `flowcache-fast`: the same with α = 1.
+
+        Raises:
+            UserError: no preset has that name.
+        """
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"unknown preset {name!r}; allowed: {', '.join(PRESETS)}. {hint}".strip())
+        return cls(**PRESETS[name])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {"method": "exact"},
+    "slow": {},
+    "fast": {"threshold": 0.15},
+    "flowcache-slow": {"alpha": 1.0},
+    "flowcache-fast": {"alpha": 1.0, "threshold": 0.15},
+}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise for a value that YAML or a caller gave in the wrong type; choices are checked here too."""
+    options = [h for h in get_args(hint) if h is not type(None)]
+    if type(None) in get_args(hint):
+        if value is None:
+            return
+        hint = options[0]
+    if getattr(hint, "__origin__", None) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{name}: {value!r} is not allowed; choose one of {', '.join(map(repr, get_args(hint)))}")
+    elif getattr(hint, "__origin__", None) is tuple:
+        if not isinstance(value, tuple) or not all(isinstance(v, (int, float)) for v in value):
+            raise UserError(f"{name}: {value!r} is not a list of numbers")
+    elif hint is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{name}: {value!r} is not true or false")
+    elif isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else hint):
+        raise UserError(f"{name}: {value!r} is not {'a number' if hint is float else 'a whole number'}")
+
+
+def _check_range(name: str, value: float, low: float, high: float | None) -> None:
+    if not value >= low or (high is not None and value > high):
+        allowed = f"{low:g} to {high:g}" if high is not None else f"at least {low:g}"
+        raise UserError(f"{name}: {value!r} is outside its range; allowed: {allowed}")

@@ -1,0 +1,226 @@
+"""Decides, per chunk, step and branch, what is computed: everything, chosen tokens, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.cache import distance, mask, motion
+from common.cache.config import MotionCacheConfig
+from common.cache.residual import ReuseBuffer
+from common.cache.trace import Decision
+
+
+@dataclass(frozen=True)
+class ChunkStep:
+    """What a model's adapter says of one chunk's call.
+
+    Attributes:
+        window: window of a long video, from 0.
+        iteration: iteration of the sampling loop in that window.
+        chunk: chunk in the window, from 0.
+        branch: guidance pass, for instance `"cond"`.
+        step: denoising step of this chunk, from 0; `num_steps` is how many it gets.
+        sigma: noise level of the chunk at this step, 0 (clean) to 1 (noise).
+        grid: frames, rows and columns of the chunk's tokens.
+        kv_tokens: keys that its queries attend to, its own included.
+    """
+
+    window: int
+    iteration: int
+    chunk: int
+    branch: str
+    step: int
+    num_steps: int
+    sigma: float
+    grid: tuple[int, int, int]
+    kv_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What can be measured before anything is computed.
+
+    Attributes:
+        inputs: `[batch, tokens, channels]`, the tokens as they enter the block stack.
+        modulation: time modulation of the chunk, any shape that is the same at every step; None if the model has none.
+        latents: `[batch, tokens, channels * patch]`, the noisy latents cut into patches; None unless asked for.
+    """
+
+    inputs: Tensor
+    modulation: Tensor | None = None
+    latents: Tensor | None = None
+
+
+@dataclass
+class ChunkState:
+    """All that is remembered of one chunk and branch. A new window starts with new ones."""
+
+    buffer: ReuseBuffer
+    accumulated: Tensor | None = None  # [tokens] A of Eq. 12, float32
+    weights: Tensor | None = None  # [tokens] W of Eq. 10, once the token phase has begun
+    updates: int = 0  # steps after warm-up that computed something
+    credit: float = 0.0  # share of a whole chunk saved up, in budget form
+    previous_signal: Tensor | None = None
+    last_input: Tensor | None = None  # [batch, tokens, channels] input of each token when it was last computed
+    last_frame: Tensor | None = None  # [batch, rows*columns, channels] features of the last frame at the newest step
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and, for `"select"`, the ascending token indices `[count]`."""
+
+    decision: Decision
+    tokens: Tensor | None = None
+
+
+FULL = Choice("full")
+REUSE = Choice("reuse")
+
+
+class Policy(Protocol):
+    """A caching method. It sees one chunk's step before it is computed, and the outcome after."""
+
+    def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
+        """What to compute. May update `state`'s accumulators."""
+
+    def observe(
+        self, step: ChunkStep, state: ChunkState, neighbour: ChunkState | None, signals: Signals, outputs: Tensor
+    ) -> None:
+        """Learn from the step's block-stack outputs `[batch, tokens, channels]`; `neighbour` is the chunk before."""
+
+    def observe_refresh(self, step: ChunkStep, state: ChunkState, signals: Signals, outputs: Tensor) -> None:
+        """Learn from a pass over a clean chunk, which no decision precedes."""
+
+
+class ExactPolicy:
+    """Computes everything and remembers nothing."""
+
+    def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
+        return FULL
+
+    def observe(self, step, state, neighbour, signals, outputs) -> None:
+        pass
+
+    def observe_refresh(self, step, state, signals, outputs) -> None:
+        pass
+
+
+@dataclass
+class MotionCachePolicy:
+    """MotionCache (arXiv 2605.01725), coarse to fine; with α = 1 it stays coarse and is FlowCache's decision."""
+
+    config: MotionCacheConfig = field(default_factory=MotionCacheConfig)
+
+    def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
+        cfg = self.config
+        change = self._change(step, state, signals)
+        if step.step < cfg.warmup_steps:
+            state.accumulated = torch.zeros(step.tokens, device=signals.inputs.device)
+            return FULL
+        weights = state.weights if state.weights is not None else 1.0
+        state.accumulated = state.accumulated + weights * change
+        choice = self._by_threshold(step, state) if cfg.budget is None else self._by_budget(step, state)
+        if choice.decision != "reuse":
+            state.updates += 1
+            if choice.tokens is None:
+                state.accumulated.zero_()
+            else:
+                state.accumulated[choice.tokens] = 0.0
+        return choice
+
+    def observe(self, step, state, neighbour, signals, outputs) -> None:
+        cfg = self.config
+        if self._in_token_phase(step, state):
+            scores = self._scores(step, state, neighbour, signals, outputs)
+            state.weights = motion.motion_weights(scores, cfg.alpha, cfg.weight_power)
+        self._remember_last_frame(step, state, signals, outputs)
+
+    def observe_refresh(self, step, state, signals, outputs) -> None:
+        # A denoised chunk keeps the frame of its last noisy step, as in the public code; a given prefix has none.
+        if state.last_frame is None:
+            self._remember_last_frame(step, state, signals, outputs)
+
+    def _remember_last_frame(self, step: ChunkStep, state: ChunkState, signals: Signals, outputs: Tensor) -> None:
+        cfg = self.config
+        if cfg.token_level and cfg.score in ("output_motion", "latent_motion"):
+            features = signals.latents if cfg.score == "latent_motion" else outputs
+            state.last_frame = features[:, -step.grid[1] * step.grid[2] :].clone()
+
+    def _change(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Tensor | float:
+        """Δ between this step and the previous one."""
+        cfg = self.config
+        if cfg.distance == "table":
+            return distance.table_entry(cfg.distance_table, step.step, step.num_steps)
+        signal = signals.modulation if cfg.distance == "modulation" else signals.inputs
+        if signal is None:
+            raise ValueError("this model has no time modulation; use distance 'input' or 'table'")
+        previous, state.previous_signal = state.previous_signal, signal.detach().clone()
+        if previous is None:
+            return 0.0
+        change = distance.relative_l1(signal, previous)
+        return distance.rescale(change, cfg.polynomial) if cfg.distance == "modulation" else change
+
+    def _in_token_phase(self, step: ChunkStep, state: ChunkState) -> bool:
+        cfg = self.config
+        if not cfg.token_level or step.step + 1 < cfg.warmup_steps:
+            return False
+        reached = state.updates if cfg.chunk_phase_unit == "updates" else step.step + 1
+        return reached >= cfg.chunk_phase
+
+    def _by_threshold(self, step: ChunkStep, state: ChunkState) -> Choice:
+        cfg = self.config
+        wanted = state.accumulated >= cfg.threshold
+        if state.weights is None:  # all tokens stand at the same value
+            return FULL if bool(wanted[0]) else REUSE
+        if cfg.temporal_vote:
+            wanted = mask.temporal_vote(wanted, step.grid[0])
+        count = int(wanted.sum())  # the one read from the device
+        if count == 0 or count < cfg.min_update_share * step.tokens:
+            return REUSE
+        count = mask.bucketed(count, cfg.bucket, step.tokens)
+        if count == step.tokens:
+            return FULL
+        return Choice("select", mask.most_urgent(state.accumulated, count, wanted))
+
+    def _by_budget(self, step: ChunkStep, state: ChunkState) -> Choice:
+        cfg = self.config
+        if state.weights is None:
+            state.credit += cfg.budget
+            if state.credit < 1.0 - 1e-9:
+                return REUSE
+            state.credit -= 1.0
+            return FULL
+        count = mask.bucketed(max(1, round(cfg.budget * step.tokens)), cfg.bucket, step.tokens)
+        return FULL if count == step.tokens else Choice("select", mask.most_urgent(state.accumulated, count))
+
+    def _scores(
+        self, step: ChunkStep, state: ChunkState, neighbour: ChunkState | None, signals: Signals, outputs: Tensor
+    ) -> Tensor:
+        """What the weights are made of, `[frames, tokens per frame]`."""
+        cfg = self.config
+        if cfg.score == "residual_change":
+            scores = state.buffer.change
+        elif cfg.score == "input_change":
+            last = state.last_input.float()
+            moved = (signals.inputs.float() - last).abs().mean(dim=(0, 2))
+            scores = moved / (last.abs().mean(dim=(0, 2)) + 1e-8)
+        else:
+            previous = neighbour.last_frame if neighbour is not None else None
+            if cfg.score == "latent_motion":
+                return motion.motion_map(signals.latents, step.grid, previous, relative=False)
+            return motion.motion_map(outputs, step.grid, previous, relative=True)
+        return scores.to(signals.inputs.device).view(step.grid[0], -1)
+
+
+def make_policy(config: MotionCacheConfig) -> Policy:
+    """The policy that a config names."""
+    return ExactPolicy() if config.method == "exact" else MotionCachePolicy(config)

@@ -1,0 +1,88 @@
+"""What was computed last for every token of a chunk, and what a reused token gets from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ReuseBuffer:
+    """Cached values of one chunk and branch: held, or extended linearly over a time variable.
+
+    The value may be the residual of the block stack or the model's output: the buffer does not care. Tokens are
+    computed at different steps, so each has its own times.
+
+    Args:
+        order: 0 keeps one value per token, 1 keeps two and extrapolates.
+        storage: device that holds the values between uses; None leaves them where they were computed.
+        track_change: keep `change`, the relative L1 change of each token's value between its last two measurements.
+    """
+
+    def __init__(self, order: int = 0, storage: torch.device | None = None, track_change: bool = False) -> None:
+        self.order = order
+        self.storage = storage
+        self.track_change = track_change
+        self.last: Tensor | None = None
+        self.before: Tensor | None = None
+        self.last_time: Tensor | None = None
+        self.before_time: Tensor | None = None
+        self.change: Tensor | None = None
+
+    def store(self, values: Tensor, time: float, tokens: Tensor | None = None) -> None:
+        """Remember freshly computed values.
+
+        Args:
+            values: `[batch, tokens, channels]`, all of the chunk's tokens, or those named by `tokens`.
+            time: time variable of this step.
+            tokens: `[count]` indices, or None for all.
+
+        Raises:
+            RuntimeError: a selection is stored before the whole chunk ever was.
+        """
+        values = values.to(self.storage) if self.storage is not None else values
+        if tokens is None:
+            self._store_all(values, time)
+            return
+        if self.last is None or self.last_time is None:
+            raise RuntimeError("a chunk's first stored step must cover all its tokens")
+        tokens = tokens.to(self.last.device)
+        old = self.last[:, tokens]
+        if self.track_change:
+            self.change[tokens] = _relative_change(values, old)
+        if self.order:
+            if self.before is None:  # only now does any token have two measurements
+                self.before, self.before_time = self.last.clone(), self.last_time.clone()
+            self.before[:, tokens] = old
+            self.before_time[tokens] = self.last_time[tokens]
+        self.last[:, tokens] = values
+        self.last_time[tokens] = time
+
+    def _store_all(self, values: Tensor, time: float) -> None:
+        if self.track_change:
+            if self.last is None:
+                self.change = torch.zeros(values.shape[1], device=values.device)
+            else:
+                self.change = _relative_change(values, self.last)
+        if self.order:
+            self.before, self.before_time = self.last, self.last_time
+        self.last = values
+        self.last_time = torch.full((values.shape[1],), time, device=values.device)
+
+    def predict(self, time: float, device: torch.device) -> Tensor:
+        """The chunk's values at `time`, `[batch, tokens, channels]` on `device`.
+
+        First order is Taylor's: last + slope·(time - last_time), per token; a token measured once is held.
+        """
+        if self.last is None or self.last_time is None:
+            raise RuntimeError("nothing was computed yet that could be reused")
+        if self.before is None:
+            return self.last.to(device)
+        span = self.last_time - self.before_time
+        ratio = torch.where(span.abs() > 1e-12, (time - self.last_time) / span, torch.zeros_like(span))
+        return torch.lerp(self.before, self.last, (1 + ratio).to(self.last.dtype)[None, :, None]).to(device)
+
+
+def _relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """Per token: mean |new - old| over mean |old|, `[tokens]` float32."""
+    old = old.float()
+    return (new.float() - old).abs().mean(dim=(0, 2)) / (old.abs().mean(dim=(0, 2)) + 1e-8)
