@@ -1,0 +1,106 @@
+"""Attention processors that route a chunk's K/V through the cache. Outside a chunk's call they step aside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from common.cache import KVCache, Write
+
+
+@dataclass
+class ChunkCall:
+    """Where the running chunk's K/V go, shared by the processors of all layers. `write` is None outside a call.
+
+    Attributes:
+        kv: K/V of the running branch.
+        write: rows that this call writes.
+        prompt_kv: per layer, K/V of the branch's prompt for cross-attention; filled at the first use.
+    """
+
+    kv: KVCache | None = None
+    write: Write | None = None
+    prompt_kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class _Processor:
+    """What diffusers expects of an attention processor, with the stock one behind it."""
+
+    _parallel_config = None
+
+    def __init__(self, stock, layer: int, call: ChunkCall) -> None:
+        self.stock = stock
+        self.layer = layer
+        self.call = call
+        self._attention_backend = stock._attention_backend
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention without a mask, through the backend chosen with `set_attention_backend`."""
+        out = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=None)
+        return out.flatten(2, 3).type_as(query)
+
+
+class CachedSelfAttention(_Processor):
+    """Self-attention of a chunk's tokens, all or selected, to everything up to the chunk's end in the window."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+        if self.call.write is None:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value))
+        query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        key, value = self.call.kv.update(self.layer, key, value, self.call.write)
+        out = self._attend(query, key, value)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class CachedCrossAttention(_Processor):
+    """Cross-attention to the prompt, whose K/V are projected once per prompt and branch."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
+        if self.call.write is None or attn.add_k_proj is not None:
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        if self.layer not in self.call.prompt_kv:
+            if attn.fused_projections:
+                key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+            else:
+                key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            key, value = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k(key), value))
+            self.call.prompt_kv[self.layer] = (key, value)
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        out = self._attend(query, *self.call.prompt_kv[self.layer])
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of interleaved channel pairs, as SkyReels-V2 has it.
+
+    Args:
+        x: `[batch, tokens, heads, head dim]`.
+        cos, sin: `[1, tokens, 1, head dim]`, each value twice in a row; the products are taken in their precision.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = cos[..., 0::2], sin[..., 0::2]
+    return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2).type_as(x)
+
+
+def install(transformer, call: ChunkCall) -> None:
+    """Put cached processors in front of the stock ones of every block."""
+    for layer, block in enumerate(transformer.blocks):
+        block.attn1.set_processor(CachedSelfAttention(block.attn1.processor, layer, call))
+        block.attn2.set_processor(CachedCrossAttention(block.attn2.processor, layer, call))
+
+
+def uninstall(transformer) -> None:
+    """Give the stock processors back, with the attention backend that was chosen meanwhile."""
+    for block in transformer.blocks:
+        for attn in (block.attn1, block.attn2):
+            cached = attn.processor
+            cached.stock._attention_backend = cached._attention_backend
+            attn.set_processor(cached.stock)
