@@ -123,18 +123,13 @@ class MotionCacheHook(ModelHook):
             "attention_kwargs": attention_kwargs,
         }
         output = torch.zeros_like(hidden_states[:, : module.config.out_channels])
-        for chunk in range(self.plan.chunks):
-            status = self.plan.status(iteration, chunk)
-            if status == "waiting":
-                continue
-            if status == "finished" and (chunk in branch.clean or not self.plan.is_needed(iteration, chunk)):
-                continue
+        for chunk in self.plan.work(iteration, branch.clean):
             frames = self.plan.frame_range(chunk)
             with self.engine.trace.timed(hidden_states.device):
                 chunk_output = self._run_chunk(
                     module, name, branch, chunk, hidden_states[:, :, frames], timestep[:, frames], conditions
                 )
-            if status == "active":
+            if self.plan.status(iteration, chunk) == "active":
                 output[:, :, frames] = chunk_output
             elif not (self.prefix_noise == "fresh" and self.plan.is_prefix(chunk)):
                 branch.clean.add(chunk)
@@ -343,12 +338,9 @@ def _listen(pipe: Any, hook: MotionCacheHook) -> None:
             causal_block_size,
             **kwargs,
         )
-        timesteps, step_index, update_mask, intervals = result
         block = pipe.transformer.config.num_frame_per_block
         hook.start_window(
-            WindowPlan.from_matrices(
-                timesteps, step_index, update_mask, intervals, len(step_template), num_pre_ready, block
-            )
+            WindowPlan.from_matrices(*result, len(step_template), num_latent_frames, num_pre_ready, block)
         )
         return result
 

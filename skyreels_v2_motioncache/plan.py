@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -42,19 +43,20 @@ class WindowPlan:
         update_mask: Tensor,
         intervals: list[tuple[int, int]],
         num_steps: int,
+        frames: int,
         prefix_frames: int,
         causal_block: int,
     ) -> WindowPlan:
         """Take over what `generate_timestep_matrix` of the stock pipeline returned.
 
         Args:
+            frames: latent frames of the window; the stock matrices drop those that do not fill a chunk.
             causal_block: the transformer's `num_frame_per_block`; 1 means that its attention has no causal mask, and
                 the window is one chunk.
 
         Raises:
             UserError: the window's frames do not fill its chunks, or the pipeline would slide inside the window.
         """
-        frames = timesteps.shape[1]
         block = causal_block if causal_block > 1 else frames
         if frames % block:
             raise UserError(
@@ -112,9 +114,26 @@ class WindowPlan:
         moving = [t for t, updated in zip(timesteps, update_mask, strict=True) if updated]
         return sum(moving) / len(moving) / 1000
 
-    def is_needed(self, iteration: int, chunk: int) -> bool:
-        """Whether a clean chunk's K/V will be read: some later chunk still has steps to do."""
-        return any(any(row[self.frame_range(chunk).stop :]) for row in self._rows[2][iteration:])
+    def work(self, iteration: int, clean: Container[int]) -> list[int]:
+        """Chunks that must be computed at an iteration, in causal order.
+
+        Those are the active ones, and finished ones whose K/V are not clean yet but will be read by a later chunk that
+        still has steps to do.
+
+        Args:
+            iteration: of the window.
+            clean: chunks whose K/V are final.
+        """
+        update_mask = self._rows[2]
+        chosen = []
+        for chunk in range(self.chunks):
+            status = self.status(iteration, chunk)
+            later = slice(self.frame_range(chunk).stop, None)
+            if status == "active" or (
+                status == "finished" and chunk not in clean and any(any(row[later]) for row in update_mask[iteration:])
+            ):
+                chosen.append(chunk)
+        return chosen
 
     def is_prefix(self, chunk: int) -> bool:
         """Whether any frame of the chunk was given."""

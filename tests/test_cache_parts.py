@@ -1,0 +1,203 @@
+"""The parts of the engine against the papers' equations, by hand or by a second way of computing them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.cache import KVCache, MotionCacheConfig, Record, Trace, Write
+from common.cache.distance import log_snr, relative_l1, rescale, table_entry
+from common.cache.mask import bucketed, most_urgent, nearest_computed, temporal_vote
+from common.cache.motion import motion_map, motion_weights
+from common.cache.residual import ReuseBuffer
+from common.errors import UserError
+
+GRID = (3, 2, 2)
+
+
+def test_motion_map_of_equation_9():
+    frames = torch.tensor([[1.0, 1, 1, 1], [2, 1, 1, 1], [2, 4, 1, 1]])  # one channel
+    x = frames.reshape(1, 12, 1)
+    inside = torch.tensor([[1.0, 0, 0, 0], [0, 3, 0, 0]])
+    torch.testing.assert_close(motion_map(x, GRID, None, relative=False), torch.cat([inside[:1], inside]))
+    before = torch.tensor([1.0, 1, 1, 3]).reshape(1, 4, 1)
+    expected = torch.cat([torch.tensor([[0.0, 0, 0, 2]]), inside])
+    torch.testing.assert_close(motion_map(x, GRID, before, relative=False), expected)
+    divided = expected / torch.tensor([[1.0, 1, 1, 3], [1, 1, 1, 1], [2, 1, 1, 1]])
+    torch.testing.assert_close(motion_map(x, GRID, before, relative=True), divided)
+
+
+def test_motion_map_of_a_single_frame():
+    x = torch.randn(1, 4, 5)
+    assert motion_map(x, (1, 2, 2), None, relative=True).eq(0).all()
+    assert motion_map(x, (1, 2, 2), torch.randn(1, 4, 5), relative=True).gt(0).all()
+
+
+def test_motion_weights_of_equation_10():
+    scores = torch.tensor([[0.0, 1, 2, 4], [5, 5, 5, 5]])
+    weights = motion_weights(scores, alpha=0.6)
+    torch.testing.assert_close(weights, torch.tensor([0.6, 0.7, 0.8, 1.0, 0.6, 0.6, 0.6, 0.6]))
+    torch.testing.assert_close(motion_weights(scores, 0.0, power=2.0)[:4], torch.tensor([0.0, 1 / 16, 1 / 4, 1]))
+    assert motion_weights(scores, alpha=1.0).eq(1).all()
+
+
+def test_temporal_vote_wants_more_than_half():
+    wanted = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    voted = temporal_vote(wanted.flatten(), 3).view(3, 4)
+    assert voted.eq(torch.tensor([True, True, False, False])).all()
+    two_of_four = torch.tensor([1, 1, 0, 0]).bool()
+    assert not temporal_vote(two_of_four, 4).any()
+
+
+def test_most_urgent_puts_wanted_tokens_first():
+    urgency = torch.tensor([5.0, -1, 3, 4, -2])
+    wanted = torch.tensor([0, 1, 0, 0, 1]).bool()
+    assert most_urgent(urgency, 2, wanted).tolist() == [1, 4]
+    assert most_urgent(urgency, 3, wanted).tolist() == [0, 1, 4]
+    assert most_urgent(urgency, 2).tolist() == [0, 3]
+
+
+def test_bucketed():
+    assert [bucketed(n, 4, 10) for n in (1, 4, 5, 9)] == [4, 4, 8, 10]
+
+
+def test_nearest_computed():
+    near = nearest_computed(torch.tensor([0, 7]), (2, 2, 2))
+    assert near.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_distances():
+    a, b = torch.tensor([1.0, -2, 3]), torch.tensor([2.0, -2, 2])
+    assert relative_l1(a, b) == pytest.approx(2 / 6)
+    coefficients = MotionCacheConfig().polynomial
+    assert rescale(torch.tensor(0.05), coefficients) == pytest.approx(np.poly1d(coefficients)(0.05), rel=1e-4)
+    assert rescale(torch.tensor(0.0), coefficients) < 0  # as published
+    assert rescale(torch.tensor(0.3), None) == pytest.approx(0.3)
+    assert table_entry((0.1, 0.2), 1, 2) == 0.2
+    with pytest.raises(UserError, match="2 entries but the run has 3 steps"):
+        table_entry((0.1, 0.2), 1, 3)
+    assert log_snr(0.5) == 0
+    assert log_snr(0.2) == pytest.approx(math.log(4))
+    assert math.isfinite(log_snr(0.0)) and math.isfinite(log_snr(1.0))
+
+
+class TestReuseBuffer:
+    def test_hold(self):
+        buffer = ReuseBuffer()
+        first, second = torch.randn(2, 1, 4, 3).unbind(0)
+        buffer.store(first.clone(), 0.0)
+        buffer.store(second[:, [1, 3]], 1.0, torch.tensor([1, 3]))
+        expected = first.clone()
+        expected[:, [1, 3]] = second[:, [1, 3]]
+        assert torch.equal(buffer.predict(7.0, first.device), expected)
+
+    def test_first_order_is_exact_for_a_line_in_time_however_tokens_were_chosen(self):
+        slope, offset = torch.randn(2, 1, 6, 3).unbind(0)
+        line = lambda t: offset + slope * t  # noqa: E731
+        buffer = ReuseBuffer(order=1)
+        buffer.store(line(0.0), 0.0)
+        assert torch.equal(buffer.predict(3.0, offset.device), line(0.0))  # one measurement: held
+        some = torch.tensor([0, 4])
+        buffer.store(line(1.0)[:, some], 1.0, some)
+        torch.testing.assert_close(buffer.predict(2.5, offset.device)[:, some], line(2.5)[:, some])
+        torch.testing.assert_close(buffer.predict(2.5, offset.device)[:, 1], line(0.0)[:, 1])
+        buffer.store(line(3.0), 3.0)
+        buffer.store(line(4.0)[:, some], 4.0, some)
+        torch.testing.assert_close(buffer.predict(6.0, offset.device), line(6.0), atol=1e-4, rtol=1e-4)
+
+    def test_change_is_relative_l1_per_token(self):
+        buffer = ReuseBuffer(track_change=True)
+        buffer.store(torch.ones(1, 3, 2), 0.0)
+        assert buffer.change.eq(0).all()
+        buffer.store(torch.full((1, 1, 2), 1.5), 1.0, torch.tensor([1]))
+        torch.testing.assert_close(buffer.change, torch.tensor([0.0, 0.5, 0.0]))
+
+    def test_a_selection_needs_a_whole_step_before(self):
+        with pytest.raises(RuntimeError, match="must cover all"):
+            ReuseBuffer().store(torch.zeros(1, 1, 2), 0.0, torch.tensor([0]))
+        with pytest.raises(RuntimeError, match="nothing was computed"):
+            ReuseBuffer().predict(0.0, torch.device("cpu"))
+
+
+class TestKVCache:
+    def test_whole_and_selected_writes(self):
+        cache = KVCache(layers=1, tokens=16)
+        k, v = torch.randn(2, 1, 8, 2, 4).unbind(0)
+        cache.update(0, k, v, Write(0, 8))
+        keys, values = cache.update(0, k * 2, v * 2, Write(8, 8))
+        assert keys.shape == (1, 16, 2, 4)
+        torch.testing.assert_close(keys, torch.cat([k, k * 2], dim=1))
+        tokens = torch.tensor([1, 6])
+        keys, values = cache.update(0, k[:, tokens] * 5, v[:, tokens] * 5, Write(8, 8, tokens))
+        expected = torch.cat([v, v * 2], dim=1)
+        expected[:, 8 + tokens] = v[:, tokens] * 5
+        torch.testing.assert_close(values, expected)
+        assert cache.bytes == 2 * 16 * 2 * 4 * 4
+
+    def test_reused_rows_follow_their_nearest_computed_neighbour(self):
+        cache = KVCache(layers=1, tokens=8)
+        k = torch.randn(1, 8, 1, 2)
+        cache.update(0, k.clone(), k.clone(), Write(0, 8))
+        tokens = torch.tensor([0, 7])
+        moved = k[:, tokens] + torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)
+        write = Write.of(0, (2, 2, 2), tokens, "neighbour")
+        keys, _ = cache.update(0, moved, moved, write)
+        change = torch.tensor([1.0] * 4 + [-2.0] * 4).view(1, 8, 1, 1)
+        torch.testing.assert_close(keys, k + change)
+
+    def test_final_rows_cannot_be_written(self):
+        cache = KVCache(layers=1, tokens=8)
+        k = torch.randn(1, 4, 1, 2)
+        cache.update(0, k, k, Write(0, 4))
+        cache.freeze(0)
+        with pytest.raises(RuntimeError, match="are final"):
+            cache.update(0, k, k, Write(0, 4))
+        with pytest.raises(RuntimeError, match="window of 8"):
+            cache.update(0, k, k, Write(6, 4))
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"alpah": 0.5}, "did you mean 'alpha'"),
+            ({"alpha": 1.2}, "allowed: 0 to 1"),
+            ({"threshold": -1}, "allowed: at least 0"),
+            ({"threshold": float("nan")}, "outside its range"),
+            ({"budget": 0}, "allowed: 0.01 to 1"),
+            ({"warmup_steps": 0}, "allowed: at least 1"),
+            ({"warmup_steps": 2.5}, "not a whole number"),
+            ({"temporal_vote": 1}, "not true or false"),
+            ({"score": "motion"}, "choose one of"),
+            ({"polynomial": "x"}, "not a list of numbers"),
+            ({"distance": "table"}, "needs distance_table"),
+            ({"reuse": "velocity"}, "score 'latent_motion'"),
+        ],
+        ids=str,
+    )
+    def test_bad_values_name_the_way_out(self, settings, message):
+        with pytest.raises(UserError, match=message) as caught:
+            MotionCacheConfig.from_dict(settings)
+        assert "\n" not in str(caught.value)
+
+    def test_presets(self):
+        assert MotionCacheConfig.preset("slow").threshold == 0.1
+        assert not MotionCacheConfig.preset("flowcache-slow").token_level
+        with pytest.raises(UserError, match="did you mean 'slow'"):
+            MotionCacheConfig.preset("slo")
+
+    def test_yaml_round_trip(self):
+        config = MotionCacheConfig(distance="table", distance_table=(0.1, 0.2))
+        assert MotionCacheConfig.from_dict(config.to_dict()) == config
+        assert config.to_dict()["distance_table"] == [0.1, 0.2]
+
+
+def test_trace_round_trip():
+    trace = Trace()
+    with trace.timed(torch.device("cpu")):
+        trace.records.append(Record(0, 1, 2, "cond", 3, "denoise", "select", 10, 40, 80))
+    assert trace.records[0].seconds > 0
+    again = Trace.from_dict(trace.to_dict())
+    assert again.records[0].tokens == 10
+    assert again.totals() == {"tokens_computed": 10, "tokens_total": 40}

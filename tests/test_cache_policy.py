@@ -1,0 +1,177 @@
+"""Decisions step by step, on a stand-in model whose block stack is a function of the input."""
+
+import pytest
+import torch
+
+from common.cache import ChunkStep, Engine, MotionCacheConfig, Signals
+
+GRID = (2, 2, 4)
+TOKENS = 16
+STEPS = 12
+
+
+def drive(config: MotionCacheConfig, chunks: int = 1, change: float = 0.1, moving: int | None = 3):
+    """Denoise some chunks; block outputs of spatial position `moving` differ from frame to frame.
+
+    Returns the engine, and per step the token indices that the blocks were given (None for all).
+    """
+    engine = Engine(config)
+    engine.start_window()
+    seen = []
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, TOKENS // 2, 6, generator=generator).repeat(1, 2, 1)  # the same frame twice
+    motion = torch.zeros(1, TOKENS, 6)
+    if moving is not None:
+        motion.view(1, *GRID, 6)[:, 1].flatten(1, 2)[:, moving] = 2.0
+
+    def blocks(x, index):
+        seen[-1].append(index if index is None else index.tolist())
+        return x * 1.5 + (motion if index is None else motion[:, index])
+
+    for step in range(STEPS):
+        for chunk in range(chunks):
+            seen.append([])
+            sigma = 1 - (step + 0.5) / STEPS
+            call = ChunkStep(0, step, chunk, "cond", step, STEPS, sigma, GRID, TOKENS * (chunk + 1))
+            x = base * (1 + change) ** step
+            engine.run_blocks(call, Signals(x, latents=x), blocks)
+            engine.finish(x)
+    return engine, [s[0] if s else "reuse" for s in seen]
+
+
+def decisions(engine: Engine) -> list[str]:
+    return [r.decision for r in engine.trace.records]
+
+
+BASE = MotionCacheConfig(distance="input", polynomial=None, warmup_steps=2, chunk_phase=2, threshold=0.25)
+
+
+def test_exact_computes_everything():
+    engine, seen = drive(MotionCacheConfig.preset("exact"))
+    assert seen == [None] * STEPS
+    assert engine.trace.totals() == {"tokens_computed": STEPS * TOKENS, "tokens_total": STEPS * TOKENS}
+
+
+def test_chunk_phase_accumulates_and_restarts():
+    # Each step moves the input by 10 %: three steps reach 0.25, then A starts again.
+    engine, _ = drive(BASE.replace(alpha=1.0))
+    assert decisions(engine) == ["full"] * 2 + ["reuse", "reuse", "full"] * 3 + ["reuse"]
+
+
+def test_token_phase_selects_tokens_that_move():
+    # alpha 0: still tokens have weight 0 and are never due again; the moving position is due every third step.
+    config = BASE.replace(alpha=0.0, min_update_share=0.0, temporal_vote=False)
+    engine, seen = drive(config)
+    chosen = [s for s in seen if isinstance(s, list)]
+    assert decisions(engine)[:8] == ["full", "full", "reuse", "reuse", "full", "reuse", "reuse", "full"]
+    assert chosen and all(s == [3, 11] for s in chosen)
+
+
+def test_minimum_share_lets_accumulators_grow():
+    config = BASE.replace(alpha=0.0, min_update_share=0.4, temporal_vote=False)
+    engine, seen = drive(config)
+    assert not any(isinstance(s, list) for s in seen)
+    assert engine.state(0, "cond").accumulated[3] > 0.25
+
+
+def test_alpha_one_is_the_chunk_level_decision_whatever_else_is_set():
+    plain = drive(BASE.replace(alpha=1.0, temporal_vote=False, min_update_share=0.0))[0]
+    voted = drive(BASE.replace(alpha=1.0, chunk_phase=0))[0]
+    assert decisions(plain) == decisions(voted)
+    assert "select" not in decisions(plain)
+
+
+def test_budget_takes_the_same_number_at_every_step():
+    config = BASE.replace(budget=0.25, alpha=0.2)
+    engine, _ = drive(config)
+    counts = [r.tokens for r in engine.trace.records if r.decision == "select"]
+    assert counts and set(counts) == {4}
+
+
+def test_budget_in_the_chunk_phase_spaces_whole_steps():
+    engine, _ = drive(BASE.replace(budget=0.25, alpha=1.0))
+    assert decisions(engine) == ["full"] * 2 + ["reuse", "reuse", "reuse", "full"] * 2 + ["reuse"] * 2
+
+
+def test_buckets_round_up():
+    config = BASE.replace(alpha=0.0, min_update_share=0.0, temporal_vote=False, bucket=4)
+    _, seen = drive(config)
+    chosen = [s for s in seen if isinstance(s, list)]
+    assert chosen and all(len(s) == 4 and {3, 11} <= set(s) for s in chosen)
+
+
+def test_a_table_decides_by_step():
+    table = (0.0,) * 5 + (1.0,) + (0.0,) * 6
+    engine, _ = drive(BASE.replace(alpha=1.0, distance="table", distance_table=table))
+    assert decisions(engine) == ["full"] * 2 + ["reuse"] * 3 + ["full"] + ["reuse"] * 6
+
+
+def test_steps_as_the_unit_of_the_chunk_phase():
+    config = BASE.replace(budget=0.25, alpha=0.2, chunk_phase=6, chunk_phase_unit="steps")
+    engine, _ = drive(config)
+    assert "select" not in decisions(engine)[:6]
+    assert set(decisions(engine)[6:]) == {"select"}
+
+
+@pytest.mark.parametrize("score", ["output_motion", "latent_motion", "input_change", "residual_change"])
+def test_every_score_gives_weights_between_alpha_and_one(score):
+    engine, _ = drive(BASE.replace(score=score, budget=0.5), chunks=2)
+    for chunk in range(2):
+        weights = engine.state(chunk, "cond").weights
+        assert weights.shape == (TOKENS,)
+        assert weights.min() >= 0.6 - 1e-6 and weights.max() <= 1 + 1e-6
+
+
+def test_residuals_are_reused():
+    config = BASE.replace(alpha=1.0, threshold=100.0)
+    engine = Engine(config)
+    x = torch.randn(1, TOKENS, 6)
+    outputs = []
+    for step in range(4):
+        call = ChunkStep(0, step, 0, "cond", step, 4, 0.5, GRID, TOKENS)
+        outputs.append(engine.run_blocks(call, Signals(x + step), lambda v, _: v + 7))
+        engine.finish(x)
+    torch.testing.assert_close(outputs[3], x + 3 + 7)
+    assert decisions(engine) == ["full", "full", "reuse", "reuse"]
+
+
+def test_velocities_are_reused_and_selected_rows_are_new():
+    config = BASE.replace(reuse="velocity", score="latent_motion", budget=0.25, alpha=0.0, chunk_phase=0)
+    engine = Engine(config)
+    latents = torch.zeros(1, TOKENS, 2)
+    latents[:, 8:] = torch.arange(8.0).view(1, 8, 1)
+    for step in range(4):
+        call = ChunkStep(0, step, 0, "cond", step, 4, 0.5, GRID, TOKENS)
+        outputs = engine.run_blocks(
+            call, Signals(torch.ones(1, TOKENS, 6) * 1.1**step, latents=latents), lambda v, _: v
+        )
+        velocity = engine.finish(torch.full((1, TOKENS, 3), float(step)))
+    assert outputs.shape == (1, TOKENS, 6)
+    assert velocity.shape == (1, TOKENS, 3)
+    rows = velocity[0, :, 0]
+    assert rows.eq(3.0).sum() == 4  # a quarter computed at the last step
+    assert rows.min() >= 1.0  # the others as they were when last computed
+
+
+def test_a_refresh_decides_nothing_and_frees_the_residual():
+    engine = Engine(BASE)
+    x = torch.randn(1, TOKENS, 6)
+    call = ChunkStep(0, 0, 0, "cond", 0, 4, 0.5, GRID, TOKENS)
+    engine.run_blocks(call, Signals(x), lambda v, _: v)
+    engine.finish(x)
+    engine.run_blocks(call, Signals(x), lambda v, _: v, "refresh")
+    engine.finish(x)
+    engine.release(0, "cond")
+    assert [r.role for r in engine.trace.records] == ["denoise", "refresh"]
+    assert engine.state(0, "cond").buffer.last is None
+    assert engine.state(0, "cond").last_frame is not None
+
+
+def test_maps_are_kept_when_asked():
+    config = BASE.replace(alpha=0.0, min_update_share=0.0, temporal_vote=False)
+    engine = Engine(config)
+    engine.trace.keep_maps = True
+    x = torch.randn(1, TOKENS, 6)
+    engine.run_blocks(ChunkStep(0, 0, 0, "cond", 0, 4, 0.5, GRID, TOKENS), Signals(x), lambda v, _: v)
+    (maps,) = engine.trace.maps
+    assert maps.weights.shape == GRID and maps.computed.all()

@@ -1,0 +1,152 @@
+"""The exact mode equals the stock forward over whole asynchronous schedules, and every part of it is needed."""
+
+import pytest
+import torch
+from skyreels_random import LONG, random_pipeline
+
+from common.cache import MotionCacheConfig
+from skyreels_v2_motioncache import adapter, apply_motioncache, remove_motioncache, routing
+from skyreels_v2_motioncache.plan import WindowPlan
+
+EXACT = MotionCacheConfig.preset("exact")
+TOLERANCE = 1e-4
+
+
+def errors(pipe, call, config=EXACT, prefix_noise="fresh", **options) -> float:
+    """Largest absolute difference of the final latents between the stock pipeline and the attached one."""
+    stock = call(**options)
+    apply_motioncache(pipe, config, prefix_noise)
+    ours = call(**options)
+    remove_motioncache(pipe)
+    assert stock.std() > 0.1
+    return (stock - ours).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"block": 2, "fps": True},
+        {"block": 4, "heads": 3, "head_dim": 8, "layers": 2},
+        {"block": 1, "fps": True},  # no causal mask: the window is one chunk
+    ],
+    ids=str,
+)
+def test_one_window_equals_stock(shape):
+    assert errors(*random_pipeline(**shape)) < TOLERANCE
+
+
+@pytest.mark.parametrize("noise", [0, 20])
+def test_three_windows_with_overlap_equal_stock(noise):
+    assert errors(*random_pipeline(fps=True), addnoise_condition=noise, **LONG) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["i2v", "v2v"])
+@pytest.mark.parametrize("noise", [0, 20])
+def test_given_frames_equal_stock(kind, noise):
+    options = {"addnoise_condition": noise, **LONG}
+    assert errors(*random_pipeline(kind), **options) < TOLERANCE
+
+
+def test_synchronous_mode_equals_stock():
+    assert errors(*random_pipeline(), ar_step=0) < TOLERANCE
+
+
+def test_frozen_prefix_noise_is_close_but_cheaper():
+    pipe, call = random_pipeline()
+    difference = errors(pipe, call, prefix_noise="frozen", addnoise_condition=20, **LONG)
+    assert TOLERANCE < difference < 0.5
+    computed = {}
+    for noise in ("fresh", "frozen"):
+        handle = apply_motioncache(pipe, EXACT, noise)
+        call(addnoise_condition=20, **LONG)
+        remove_motioncache(pipe)
+        computed[noise] = handle.trace.totals()["tokens_computed"]
+    assert computed["frozen"] < 0.8 * computed["fresh"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"threshold": 0.0},
+        {"budget": 1.0},
+        {"threshold": 0.0, "reuse": "velocity", "score": "latent_motion"},
+        {"threshold": 0.0, "extrapolation": "logsnr", "reused_kv": "neighbour"},
+        {"threshold": 0.0, "state_device": "cpu"},
+    ],
+    ids=str,
+)
+def test_a_policy_that_always_computes_equals_stock(config):
+    always = MotionCacheConfig(distance="input", chunk_phase=1, warmup_steps=1).replace(**config)
+    assert errors(*random_pipeline(), config=always, **LONG) < TOLERANCE
+
+
+def test_without_the_refresh_of_clean_chunks_it_fails(monkeypatch):
+    def active_only(self, iteration, clean):
+        return [c for c in range(self.chunks) if self.status(iteration, c) == "active"]
+
+    monkeypatch.setattr(WindowPlan, "work", active_only)
+    assert errors(*random_pipeline()) > 10 * TOLERANCE
+
+
+def test_with_a_wrong_rotary_offset_it_fails(monkeypatch):
+    original = adapter.chunk_routing
+    monkeypatch.setattr(adapter, "chunk_routing", lambda model, stack, first: original(model, stack, max(first - 1, 0)))
+    assert errors(*random_pipeline()) > 10 * TOLERANCE
+
+
+def test_with_a_wrong_modulation_row_it_fails(monkeypatch):
+    original = adapter.MotionCacheHook._run_chunk
+
+    def late(self, module, name, branch, chunk, latents, timestep, conditions):
+        return original(self, module, name, branch, chunk, latents, (timestep - 20).clamp(min=0), conditions)
+
+    monkeypatch.setattr(adapter.MotionCacheHook, "_run_chunk", late)
+    assert errors(*random_pipeline()) > 10 * TOLERANCE
+
+
+def test_no_mask_is_built(monkeypatch):
+    pipe, call = random_pipeline()
+    apply_motioncache(pipe, EXACT)
+    original, masks = routing._RoutedBlocks.__iter__, []
+
+    def spy(self):
+        (stack,) = original(self)
+
+        def watched(x, text, modulation, rope, mask):
+            masks.append(mask)
+            return stack(x, text, modulation, rope, mask)
+
+        return iter([watched])
+
+    monkeypatch.setattr(routing._RoutedBlocks, "__iter__", spy)
+    call()
+    assert masks and all(mask is None for mask in masks)
+
+
+def test_memory_is_flat_over_windows():
+    pipe, call = random_pipeline()
+    handle = apply_motioncache(pipe, MotionCacheConfig(distance="input", warmup_steps=2, chunk_phase=1))
+    held = []
+    start = handle.hook.start_window
+
+    def spy(plan):
+        held.append(sum(b.kv.bytes for b in handle.hook.branches._state_cache.values() if b.kv is not None))
+        start(plan)
+        assert not handle.hook.engine._states
+
+    handle.hook.start_window = spy
+    call(**{**LONG, "num_frames": 29 + 16 * 5})
+    assert len(held) == 6
+    assert held[0] == 0
+    assert len(set(held[1:])) == 1
+    pipe.maybe_free_model_hooks()
+    assert not handle.hook.branches._state_cache
+    remove_motioncache(pipe)
+
+
+def test_bfloat16_stays_near_float32():
+    pipe, call = random_pipeline()
+    reference = call()
+    pipe.transformer.to(torch.bfloat16)
+    apply_motioncache(pipe, EXACT)
+    assert (call() - reference).abs().max() < 0.3
