@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from common.attention import attend
 from common.cache import KVCache, Write
 
 
@@ -38,9 +38,8 @@ class _Processor:
         self._attention_backend = stock._attention_backend
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention without a mask, through the backend chosen with `set_attention_backend`."""
-        out = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=None)
-        return out.flatten(2, 3).type_as(query)
+        """Attention through the backend chosen with `set_attention_backend`, if any."""
+        return attend(query, key, value, self._attention_backend).flatten(2, 3).type_as(query)
 
 
 class CachedSelfAttention(_Processor):
