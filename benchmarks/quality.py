@@ -3,7 +3,7 @@
     python benchmarks/quality.py --config configs/tiny_slow.yaml --processes 4
 
 Three disjoint sets of prompts are used. On the first the distances are measured, on the second each method's threshold
-is searched for every target share of exact's token computations, on the third the methods are compared. Finished videos
+is searched for every target share of exact's token computations, on the third the methods are compared. Finished jobs
 are kept in a file beside the results, so an interrupted run goes on where it stopped.
 """
 
@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ import torch
 from common import metrics
 from common.cache import MotionCacheConfig
 from common.cache.calibration import ChangeRecorder, StepChange, distance_table, fit_polynomial
+from common.cache.policy import Policy
 from common.errors import UserError
 from common.files import write_json
 from common.results import provenance
@@ -34,34 +36,72 @@ from skyreels_v2_motioncache.generate import Generator
 from skyreels_v2_motioncache.loading import load_pipeline
 from skyreels_v2_motioncache.settings import RunSettings, load_settings
 from skyreels_v2_motioncache.validate import check_shapes
+from skyreels_v2_motioncache.windows import latent_frames
 from training.procedural import prompts
 
 logger = logging.getLogger("quality")
 ROOT = Path(__file__).resolve().parents[1]
 EXACT = MotionCacheConfig.preset("exact")
-CALIBRATION_PROMPTS, CHOOSING_PROMPTS = 8, 2
-SHARE_TOLERANCE, SEARCH_ROUNDS = 0.01, 9
+CALIBRATION_PROMPTS = 8
+SHARE_TOLERANCE, SEARCH_ROUNDS = 0.01, 5
+VARIANT_SHARE = 0.3
 
 
-def methods(base: MotionCacheConfig, table: list[float], polynomial: list[float]) -> dict[str, MotionCacheConfig]:
-    """What is compared. Pairs of names that differ in the part before the slash differ in nothing but α.
+def distances(samples: list[StepChange], num_steps: int) -> dict[str, dict]:
+    """Cache settings of the two distances, from changes measured on exact runs."""
+    return {
+        "modulation": {"distance": "modulation", "polynomial": fit_polynomial(samples)},
+        "table": {"distance": "table", "distance_table": distance_table(samples, num_steps), "polynomial": None},
+    }
+
+
+def per_step(config: MotionCacheConfig, samples: list[StepChange], num_steps: int) -> list[float]:
+    """Δ of each step as the config's distance gives it, `[steps]`; the modulation depends on nothing but the step."""
+    if config.distance == "table":
+        return list(config.distance_table)
+    modulation = {sample.step: sample.modulation for sample in samples}
+    return [0.0] + [float(np.polyval(config.polynomial, modulation[k])) for k in range(1, num_steps)]
+
+
+def variants(flowcache: MotionCacheConfig, motioncache: MotionCacheConfig) -> dict[str, MotionCacheConfig]:
+    """Changes to the methods that leave the number of computed tokens about as it is."""
+    return {
+        "motioncache+neighbour-kv/table": motioncache.replace(reused_kv="neighbour"),
+        "flowcache+logsnr/table": flowcache.replace(extrapolation="logsnr"),
+        "motioncache+logsnr/table": motioncache.replace(extrapolation="logsnr"),
+    }
+
+
+def chunk_level_threshold(changes: list[float], config: MotionCacheConfig, chunks: int, target: float) -> float:
+    """The τ with which chunk-level decisions come nearest to a share of token computations.
+
+    Without weights a decision depends on the steps alone, so it can be foretold from Δ per step.
 
     Args:
-        base: warm-up, phases, vote and minimum share of all methods.
-        table, polynomial: distances measured for this model.
+        changes: Δ per step, `[steps]`.
+        config: for its warm-up.
+        chunks: of a window; all but the last are renewed once after their last step, which always counts as computed.
+        target: share, 0 to 1.
     """
-    modulation = base.replace(distance="modulation", polynomial=polynomial)
-    measured = base.replace(distance="table", distance_table=table, polynomial=None)
-    line = measured.replace(extrapolation="logsnr")
-    return {
-        "flowcache/modulation": modulation.replace(alpha=1.0),
-        "motioncache/modulation": modulation,
-        "flowcache/table": measured.replace(alpha=1.0),
-        "motioncache/table": measured,
-        "motioncache+neighbour-kv/table": measured.replace(reused_kv="neighbour"),
-        "flowcache/table+logsnr": line.replace(alpha=1.0),
-        "motioncache/table+logsnr": line,
-    }
+
+    def share(threshold: float) -> float:
+        computed, accumulated = config.warmup_steps, 0.0
+        for change in changes[config.warmup_steps :]:
+            accumulated += change
+            if accumulated >= threshold:
+                computed, accumulated = computed + 1, 0.0
+        renewed = (chunks - 1) / chunks
+        return (computed + renewed) / (len(changes) + renewed)
+
+    grid = np.geomspace(1e-3, 10, 2000)
+    return float(min(grid, key=lambda threshold: abs(share(threshold) - target)))
+
+
+class Recorder(Policy, Protocol):
+    """A policy that computes everything and takes notes."""
+
+    def start_video(self) -> None:
+        """A new video begins."""
 
 
 class Sampler:
@@ -75,9 +115,14 @@ class Sampler:
         self.settings = settings
 
     def sample(
-        self, prompt: str, seed: int, config: MotionCacheConfig, recorder: ChangeRecorder | None = None
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """Make a video; its frames `[frames, height, width, 3]` in [0, 1] and what computing it took."""
+        self,
+        prompt: str,
+        seed: int,
+        config: MotionCacheConfig,
+        recorder: Recorder | None = None,
+        decode: bool = True,
+    ) -> tuple[np.ndarray | None, dict[str, float]]:
+        """Make a video: its frames `[frames, height, width, 3]` in [0, 1] if asked for, and what computing it took."""
         settings = dataclasses.replace(self.settings, prompt=prompt, seed=seed)
         generator = Generator(self.pipe, settings, self.windows)
         generator.encode()
@@ -96,7 +141,7 @@ class Sampler:
             "flops_share": cost.trace_flops(handle.trace) / cost.exact_flops(handle.trace),
             "seconds": denoised.seconds,
         }
-        return generator.decode(denoised.latents), taken
+        return generator.decode(denoised.latents) if decode else None, taken
 
 
 _sampler: Sampler
@@ -111,24 +156,23 @@ def _start_process(settings: RunSettings) -> None:
 def _record(job: tuple[str, int]) -> list[StepChange]:
     """Changes from step to step in an exact run. Any threshold would do: the recorder computes everything."""
     recorder = ChangeRecorder()
-    _sampler.sample(*job, MotionCacheConfig(distance="input", alpha=1.0), recorder)
+    _sampler.sample(*job, MotionCacheConfig(distance="input", alpha=1.0), recorder, decode=False)
     return recorder.samples
 
 
-def _search(job: tuple[str, MotionCacheConfig, float, list[str]]) -> tuple[str, float, float, float]:
-    """Bisect a method's threshold, on a logarithmic scale, until it computes the target share."""
-    name, config, target, chosen = job
-    low, high = 1e-4, 1e2
-    best = (float("inf"), 0.0, 0.0)
+def _search(job: tuple[MotionCacheConfig, float, str]) -> float:
+    """Bisect the τ of a token-level method, downwards from the chunk-level one: weights below 1 only slow sums down."""
+    config, target, prompt = job
+    low, high = 0.2 * config.threshold, config.threshold
+    best = (float("inf"), config.threshold)
     for _ in range(SEARCH_ROUNDS):
         threshold = (low * high) ** 0.5
-        runs = [_sampler.sample(p, i, config.replace(threshold=threshold))[1] for i, p in enumerate(chosen)]
-        share = float(np.mean([run["share"] for run in runs]))
-        best = min(best, (abs(share - target), threshold, share))
+        share = _sampler.sample(prompt, 0, config.replace(threshold=threshold), decode=False)[1]["share"]
+        best = min(best, (abs(share - target), threshold))
         if best[0] < SHARE_TOLERANCE:
             break
         low, high = (threshold, high) if share > target else (low, threshold)
-    return name, target, best[1], best[2]
+    return best[1]
 
 
 def _evaluate(job: tuple[int, str, dict[str, MotionCacheConfig]]) -> list[dict]:
@@ -179,20 +223,17 @@ class Finished:
                 self.results[entry["job"]] = entry["result"]
 
     def map(self, pool, function, jobs: Iterable[tuple[str, object]]) -> Iterator[object]:
-        """Results of `function` for named jobs, in any order; those on file are not computed."""
-        waiting = {}
-        for name, job in jobs:
-            if name in self.results:
-                yield self.results[name]
-            else:
-                waiting[name] = pool.apply_async(function, (job,))
-        for name, handle in waiting.items():
-            result = json.loads(json.dumps(handle.get(), default=dataclasses.asdict))
-            with self.path.open("a") as file:
-                file.write(json.dumps({"fingerprint": self.fingerprint, "job": name, "result": result}) + "\n")
-            logger.info("done: %s", name)
-            self.results[name] = result
-            yield result
+        """Results of `function` for named jobs, in their order; those on file are not computed."""
+        jobs = list(jobs)
+        waiting = {name: pool.apply_async(function, (job,)) for name, job in jobs if name not in self.results}
+        for name, _ in jobs:
+            if name in waiting:
+                self.results[name] = json.loads(json.dumps(waiting[name].get(), default=dataclasses.asdict))
+                entry = {"fingerprint": self.fingerprint, "job": name, "result": self.results[name]}
+                with self.path.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                logger.info("done: %s", name)
+            yield self.results[name]
 
 
 def summarise(rows: list[dict], targets: dict[str, float]) -> list[dict]:
@@ -239,37 +280,42 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings, _ = load_settings(args.config)
     finished = Finished(args.output.with_suffix(".jobs.jsonl"), settings)
+    chunks = latent_frames(settings.num_frames) // settings.causal_block_size
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.processes, _start_process, (settings,)) as pool:
         recording = [(f"record {i}", (p, i)) for i, p in enumerate(prompts("calibration", CALIBRATION_PROMPTS))]
         samples = [StepChange(**s) for part in finished.map(pool, _record, recording) for s in part]
-        table, polynomial = distance_table(samples, settings.steps), fit_polynomial(samples)
-        compared = methods(settings.cache, table, polynomial)
-        chosen = prompts("choosing", CHOOSING_PROMPTS)
-        searches = [
-            (f"search {name}@{share}", (name, config, share, chosen))
-            for name, config in compared.items()
-            for share in args.shares
-        ]
-        configs, targets, found = {}, {}, []
-        for name, share, threshold, reached in finished.map(pool, _search, searches):
-            key = f"{name}@{share}"
-            configs[key], targets[key] = compared[name].replace(threshold=threshold), share
-            found.append({"method": name, "target_share": share, "threshold": threshold, "share": round(reached, 4)})
+        measured = distances(samples, settings.steps)
+        flowcache, searches = {}, []
+        for name, distance in measured.items():
+            base = settings.cache.replace(**distance)
+            for share in args.shares:
+                tau = chunk_level_threshold(per_step(base, samples, settings.steps), base, chunks, share)
+                flowcache[name, share] = base.replace(alpha=1.0, threshold=tau)
+                job = (base.replace(threshold=tau), share, prompts("choosing", 1)[0])
+                searches.append((f"search {name}@{share}", job))
+        found = list(finished.map(pool, _search, searches))
+        configs, targets = {}, {}
+        for ((name, share), config), tau in zip(flowcache.items(), found, strict=True):
+            token_level = config.replace(alpha=settings.cache.alpha, threshold=tau)
+            pair = {f"flowcache/{name}": config, f"motioncache/{name}": token_level}
+            if (name, share) == ("table", VARIANT_SHARE):
+                pair |= variants(config, token_level)
+            for method, with_threshold in pair.items():
+                configs[f"{method}@{share}"], targets[f"{method}@{share}"] = with_threshold, share
         reported = list(enumerate(prompts("reporting", args.prompts)))
         evaluations = [(f"evaluate {i}", (i, p, configs)) for i, p in reported]
         rows = [row for part in finished.map(pool, _evaluate, evaluations) for row in part]
         rows += finished.map(pool, _evaluate_floor, [(f"floor {i}", (i, p)) for i, p in reported])
-    command = f"python benchmarks/quality.py --config {args.config.name} --prompts {args.prompts}"
+    command = f"python benchmarks/quality.py --config configs/{args.config.name} --prompts {args.prompts}"
     write_json(
         args.output,
         {
             **provenance(command),
             "checkpoint_and_settings": finished.fingerprint,
             "settings": settings.to_dict(),
-            "distance_table": [round(v, 6) for v in table],
-            "polynomial": polynomial,
-            "thresholds": found,
+            "distances": measured,
+            "thresholds": {key: config.threshold for key, config in configs.items()},
             "rows": summarise(rows, targets),
             "per_prompt": rows,
         },

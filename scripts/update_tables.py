@@ -76,6 +76,14 @@ def quality_details(name: str) -> str:
     return markdown(header, lines) + source(data)
 
 
+def fidelity(name: str) -> str:
+    """Scores against the true change of residuals."""
+    data = load(name)
+    columns = ("all", "early", "middle", "late")
+    rows = [[r["score"], r["measure"], *(f"{r[c]:.2f}" for c in columns)] for r in data["rows"]]
+    return markdown(["ranked by", "measure", "all steps", *columns[1:]], rows) + source(data)
+
+
 def overhead(name: str) -> str:
     """Wall time against token share, per model."""
     data = load(name)
@@ -91,6 +99,7 @@ def overhead(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "tiny-skyreels": lambda: quality_summary("quality-skyreels-tiny"),
     "tiny-skyreels-details": lambda: quality_details("quality-skyreels-tiny"),
+    "tiny-skyreels-scores": lambda: fidelity("score-fidelity-skyreels-tiny"),
     "overhead": lambda: overhead("overhead"),
 }
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from common.checks import check_keys, check_range, check_type, near_miss
 from common.errors import UserError
 
 # TeaCache's polynomials for SkyReels-V2, highest power first, fitted for five retention steps (METHOD: MotionCache and
@@ -93,16 +93,16 @@ class MotionCacheConfig:
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         for name, hint in get_type_hints(type(self)).items():
-            _check_type(name, getattr(self, name), hint)
-        _check_range("threshold", self.threshold, 0.0, None)
-        _check_range("alpha", self.alpha, 0.0, 1.0)
-        _check_range("weight_power", self.weight_power, 0.01, 100.0)
-        _check_range("warmup_steps", self.warmup_steps, 1, None)
-        _check_range("chunk_phase", self.chunk_phase, 0, None)
-        _check_range("min_update_share", self.min_update_share, 0.0, 1.0)
-        _check_range("bucket", self.bucket, 1, None)
+            check_type(name, getattr(self, name), hint)
+        check_range("threshold", self.threshold, 0.0, None)
+        check_range("alpha", self.alpha, 0.0, 1.0)
+        check_range("weight_power", self.weight_power, 0.01, 100.0)
+        check_range("warmup_steps", self.warmup_steps, 1, None)
+        check_range("chunk_phase", self.chunk_phase, 0, None)
+        check_range("min_update_share", self.min_update_share, 0.0, 1.0)
+        check_range("bucket", self.bucket, 1, None)
         if self.budget is not None:
-            _check_range("budget", self.budget, 0.01, 1.0)
+            check_range("budget", self.budget, 0.01, 1.0)
         if self.distance == "table" and not self.distance_table:
             raise UserError(
                 "distance: 'table' needs distance_table, one Δ per denoising step; measure one or use 'input'"
@@ -155,12 +155,7 @@ class MotionCacheConfig:
         Raises:
             UserError: an unknown key (with the nearest known one), or a value that is not allowed.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-                raise UserError(f"unknown cache setting {key!r}; {hint}")
+        check_keys("cache setting", values, [f.name for f in dataclasses.fields(cls)])
         return cls(**values)
 
     @classmethod
@@ -174,9 +169,7 @@ class MotionCacheConfig:
             UserError: no preset has that name.
         """
         if name not in PRESETS:
-            near = difflib.get_close_matches(name, PRESETS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"unknown preset {name!r}; allowed: {', '.join(PRESETS)}. {hint}".strip())
+            raise UserError(f"unknown preset {name!r}; {near_miss(name, PRESETS)}")
         return cls(**PRESETS[name])
 
 
@@ -187,29 +180,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flowcache-slow": {"alpha": 1.0},
     "flowcache-fast": {"alpha": 1.0, "threshold": 0.15},
 }
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise for a value that YAML or a caller gave in the wrong type; choices are checked here too."""
-    options = [h for h in get_args(hint) if h is not type(None)]
-    if type(None) in get_args(hint):
-        if value is None:
-            return
-        hint = options[0]
-    if getattr(hint, "__origin__", None) is Literal:
-        if value not in get_args(hint):
-            raise UserError(f"{name}: {value!r} is not allowed; choose one of {', '.join(map(repr, get_args(hint)))}")
-    elif getattr(hint, "__origin__", None) is tuple:
-        if not isinstance(value, tuple) or not all(isinstance(v, (int, float)) for v in value):
-            raise UserError(f"{name}: {value!r} is not a list of numbers")
-    elif hint is bool:
-        if not isinstance(value, bool):
-            raise UserError(f"{name}: {value!r} is not true or false")
-    elif isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else hint):
-        raise UserError(f"{name}: {value!r} is not {'a number' if hint is float else 'a whole number'}")
-
-
-def _check_range(name: str, value: float, low: float, high: float | None) -> None:
-    if not value >= low or (high is not None and value > high):
-        allowed = f"{low:g} to {high:g}" if high is not None else f"at least {low:g}"
-        raise UserError(f"{name}: {value!r} is outside its range; allowed: {allowed}")

@@ -123,7 +123,8 @@ class MotionCachePolicy:
     def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
         cfg = self.config
         change = self._change(step, state, signals)
-        if step.step < cfg.warmup_steps:
+        if step.step < cfg.warmup_steps or state.accumulated is None:
+            # A branch may begin late in a chunk's life (a distilled MAGI-1's second look): it has nothing to reuse yet.
             state.accumulated = torch.zeros(step.tokens, device=signals.inputs.device)
             return FULL
         weights = state.weights if state.weights is not None else 1.0

@@ -1,0 +1,101 @@
+"""How far one video is from another, and how sure we are of a difference between two methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from skimage.metrics import structural_similarity
+
+MAX_PSNR = 100.0
+"""PSNR in dB given to frames that are equal up to float rounding, where the formula goes to infinity."""
+
+
+def psnr(video: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB, computed per frame and averaged over frames.
+
+    Args:
+        video, reference: `[frames, height, width, 3]`, uint8 or floats in [0, 1].
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    video, reference = _pair(video, reference)
+    errors = np.square(video - reference).mean(axis=(1, 2, 3), dtype=np.float64)
+    return float(np.mean(-10 * np.log10(np.maximum(errors, 10 ** (-MAX_PSNR / 10)))))
+
+
+def ssim(video: np.ndarray, reference: np.ndarray) -> float:
+    """Structural similarity (Wang et al. 2004: Gaussian window, σ = 1.5), averaged over channels and frames.
+
+    Args:
+        video, reference: `[frames, height, width, 3]`, uint8 or floats in [0, 1]; at least 11 pixels high and wide.
+
+    Raises:
+        ValueError: the shapes differ, or the frames are smaller than the window.
+    """
+    video, reference = _pair(video, reference)
+    scores = [
+        structural_similarity(
+            a, b, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+        for a, b in zip(video, reference, strict=True)
+    ]
+    return float(np.mean(scores))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean with its 95 % interval, `mean ± half_width`, over `count` pairs."""
+
+    mean: float
+    half_width: float
+    count: int
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return abs(self.mean) > self.half_width
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.half_width:.2f}"
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Mean of `ours - theirs`, with Student's t interval over the pairs.
+
+    Prompts differ far more from each other than methods do, so only the same prompt and seed are compared.
+
+    Raises:
+        ValueError: fewer than two pairs, or lists of different lengths.
+    """
+    if len(ours) != len(theirs) or len(ours) < 2:
+        raise ValueError(f"paired difference needs two lists of one length, at least 2: got {len(ours)}, {len(theirs)}")
+    differences = np.subtract(ours, theirs)
+    spread = differences.std(ddof=1) / np.sqrt(len(differences))
+    quantile = stats.t.ppf(0.975, df=len(differences) - 1)
+    return Difference(float(differences.mean()), float(quantile * spread), len(differences))
+
+
+def match_pairs(ours: dict[str, float], theirs: dict[str, float]) -> tuple[list[float], list[float]]:
+    """Values of two methods in one order, for the keys (prompt and seed) that both have.
+
+    Raises:
+        ValueError: they share no key.
+    """
+    keys = sorted(ours.keys() & theirs.keys())
+    if not keys:
+        raise ValueError("the two methods have no prompt and seed in common")
+    return [ours[k] for k in keys], [theirs[k] for k in keys]
+
+
+def _pair(video: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if video.shape != reference.shape:
+        raise ValueError(f"videos of different shapes: {video.shape} and {reference.shape}")
+    return _unit(video), _unit(reference)
+
+
+def _unit(video: np.ndarray) -> np.ndarray:
+    return video / np.float32(255) if video.dtype == np.uint8 else video.astype(np.float32, copy=False)

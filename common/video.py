@@ -1,0 +1,140 @@
+"""Videos and images in and out of files, and two videos side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+from common.errors import UserError
+from common.files import atomic_path
+
+MIN_PANE_HEIGHT = 320
+"""Smaller videos are enlarged in comparisons, so that a label fits over them."""
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        UserError: the file is missing or is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"image {str(path)!r} is not an image that can be read; give a PNG or JPEG file") from error
+    except OSError as error:
+        reason = error.strerror or "the file is damaged"
+        raise UserError(f"image {str(path)!r} cannot be read: {reason}; give a PNG or JPEG file") from error
+
+
+def read_video(path: Path | str) -> np.ndarray:
+    """A video's frames, `[frames, height, width, 3]` uint8 RGB.
+
+    Raises:
+        UserError: the file is missing or holds no frame that can be decoded.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"video {str(path)!r} does not exist; give an MP4 file")
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    # FFmpeg takes any text file for a drawing in terminal characters.
+    is_text = int(capture.get(cv2.CAP_PROP_FOURCC)) == cv2.VideoWriter.fourcc(*"ansi")
+    try:
+        while not is_text:
+            ok, frame = capture.read()
+            if not ok:
+                break
+            frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    finally:
+        capture.release()
+    if not frames:
+        raise UserError(f"video {str(path)!r} holds no frame that can be decoded; give an MP4 file")
+    return np.stack(frames)
+
+
+def resize_and_crop(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale `[h, w, 3]` uint8 to cover `height` by `width` and cut the centre out: nothing is stretched."""
+    scale = max(height / frame.shape[0], width / frame.shape[1])
+    size = (max(width, round(frame.shape[1] * scale)), max(height, round(frame.shape[0] * scale)))
+    resized = cv2.resize(frame, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    top, left = (size[1] - height) // 2, (size[0] - width) // 2
+    return resized[top : top + height, left : left + width]
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1] to 0..255, rounded; uint8 stays as it is."""
+    return frames if frames.dtype == np.uint8 else np.clip(frames * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write an H.264 MP4 that any player and browser shows; the file appears only when it is whole.
+
+    Args:
+        path: ends in `.mp4`.
+        frames: `[frames, height, width, 3]`, uint8 RGB or floats in [0, 1]. An odd last row or column is repeated, as
+            the format needs even sides.
+        fps: frames per second.
+    """
+    frames = to_uint8(frames)
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with atomic_path(path) as partial:
+        writer = imageio_ffmpeg.write_frames(
+            str(partial),
+            (frames.shape[2], frames.shape[1]),
+            fps=fps,
+            codec="libx264",
+            pix_fmt_in="rgb24",
+            pix_fmt_out="yuv420p",
+            macro_block_size=1,
+            ffmpeg_log_level="error",
+            output_params=["-crf", "14", "-preset", "medium", "-movflags", "+faststart"],
+        )
+        writer.send(None)
+        for frame in np.ascontiguousarray(frames):
+            writer.send(frame)
+        writer.close()
+
+
+def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[Sequence[str]]) -> np.ndarray:
+    """Videos of one shape beside each other, each under its label.
+
+    Args:
+        videos: `[frames, height, width, 3]` each, uint8 or floats in [0, 1].
+        labels: for each video its lines of text; the first is larger.
+
+    Returns:
+        `[frames, height', width', 3]` uint8; small videos are enlarged by a whole factor.
+    """
+    factor = max(1, -(-MIN_PANE_HEIGHT // videos[0].shape[1]))
+    panes = []
+    for video, lines in zip(videos, labels, strict=True):
+        pane = to_uint8(video).repeat(factor, axis=1).repeat(factor, axis=2)
+        bar = label_bar(lines, pane.shape[2])
+        panes.append(np.concatenate([np.broadcast_to(bar, (len(pane), *bar.shape)), pane], axis=1))
+    gap = np.full((*panes[0].shape[:2], 4 + panes[0].shape[2] * len(panes) % 2, 3), 24, np.uint8)
+    joined = [panes[0]]
+    for pane in panes[1:]:
+        joined += [gap, pane]
+    return np.concatenate(joined, axis=2)
+
+
+def label_bar(lines: Sequence[str], width: int) -> np.ndarray:
+    """White text on black, `[height, width, 3]` uint8, as large as the width allows."""
+    sizes = [20] + [15] * (len(lines) - 1)
+    bar = Image.new("RGB", (width, sum(round(size * 1.5) for size in sizes) + 8), (24, 24, 24))
+    draw = ImageDraw.Draw(bar)
+    top = 5
+    for line, size in zip(lines, sizes, strict=True):
+        fitting = size
+        while fitting > 8 and draw.textlength(line, font=ImageFont.load_default(fitting)) > width - 16:
+            fitting -= 1
+        draw.text((8, top), line, font=ImageFont.load_default(fitting), fill=(240, 240, 240))
+        top += round(size * 1.5)
+    return np.asarray(bar)

@@ -1,0 +1,287 @@
+"""The command as a user meets it: its words, its files, its exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.cache import Trace
+from common.cli import Interrupted, parse_assignment, run_command
+from common.errors import UserError
+from common.runs import REPOSITORY
+from common.video import read_video, write_video
+from skyreels_v2_motioncache import cli
+from skyreels_v2_motioncache.generate import Generator
+from skyreels_v2_motioncache.loading import load_pipeline
+from skyreels_v2_motioncache.settings import RunSettings
+from skyreels_v2_motioncache.windows import plan_windows
+
+SMALL = [
+    "--height",
+    "32",
+    "--width",
+    "32",
+    "--num-frames",
+    "21",
+    "--steps",
+    "8",
+    "--seed",
+    "3",
+    "--prompt",
+    "a red circle",
+]
+SUMMARY_KEYS = (
+    "model method config seed device dtype height width num_frames steps wall_seconds flops tokens_computed "
+    "tokens_total speedup_vs_stock speedup_vs_exact psnr_db ssim versions commit"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pipeline_folder, tmp_path_factory):
+    """The command on a random model, in this process: `run(*options)` gives its folder and exit code."""
+
+    def command(*options: str) -> tuple[Path, int]:
+        folder = tmp_path_factory.mktemp("run") / "out"
+        model = [] if "--model" in options else ["--model", str(tiny_pipeline_folder)]
+        return folder, cli.main([*model, *SMALL, "--output", str(folder), *options])
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def comparison(run):
+    """One whole comparison, which chooses tokens in its later steps."""
+    early = ["cache.warmup_steps=2", "cache.chunk_phase=0", "cache.min_update_share=0", "cache.threshold=0.05"]
+    return run(*(part for setting in early for part in ("--set", setting)))
+
+
+def test_comparison_writes_all_files(comparison):
+    folder, code = comparison
+    assert code == 0
+    names = {"video.mp4", "exact.mp4", "side_by_side.mp4", "motion.png", "trace.json", "summary.json"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert read_video(folder / "video.mp4").shape == (21, 32, 32, 3)
+
+
+def test_summary_agrees_with_the_trace(comparison):
+    folder, _ = comparison
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(SUMMARY_KEYS.split()) <= summary.keys()
+    trace = Trace.from_dict(json.loads((folder / "trace.json").read_text()))
+    assert trace.totals() == {key: summary[key] for key in ("tokens_computed", "tokens_total")}
+    assert 0 < summary["tokens_computed"] < summary["tokens_total"]
+    assert any(record.decision == "select" for record in trace.records)
+    stages = {stage["name"]: stage for stage in summary["stages"]}
+    assert list(stages) == ["stock", "exact", summary["method"]]
+    assert stages["exact"]["tokens_computed"] == summary["tokens_total"] < stages["stock"]["tokens_computed"]
+    assert stages["stock"]["flops"] > stages["exact"]["flops"] > summary["flops"] > 0
+    assert summary["speedup_vs_exact"] == stages["exact"]["seconds"] / summary["wall_seconds"]
+    assert summary["config"]["cache"]["chunk_phase"] == 0 and summary["seed"] == 3
+
+
+def test_exact_equals_stock_and_the_method_is_near(comparison):
+    summary = json.loads((comparison[0] / "summary.json").read_text())
+    assert summary["exact_vs_stock_max_error"] < 1e-4
+    assert summary["stages"][0]["psnr_db"] > 80
+    assert 20 < summary["psnr_db"] < 100 and 0 < summary["ssim"] < 1
+
+
+def test_a_run_can_be_repeated_from_its_summary(comparison, run):
+    """The settings in `summary.json` are a config file, and the same seed gives the same video."""
+    summary = json.loads((comparison[0] / "summary.json").read_text())
+    config = comparison[0].parent / "again.yaml"
+    config.write_text(json.dumps(summary["config"]))
+    folder, code = run("--config", str(config), "--no-compare")
+    assert code == 0
+    np.testing.assert_array_equal(read_video(folder / "video.mp4"), read_video(comparison[0] / "video.mp4"))
+
+
+def test_without_comparison_only_the_method_runs(run):
+    folder, code = run("--no-compare", "--preset", "fast")
+    assert code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["motioncache-fast"]
+    assert summary["speedup_vs_exact"] is None and summary["psnr_db"] is None
+    assert not (folder / "exact.mp4").exists() and (folder / "video.mp4").exists()
+
+
+def test_exact_is_compared_with_stock(run):
+    folder, code = run("--preset", "exact")
+    assert code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["stock", "exact"]
+    assert summary["speedup_vs_stock"] > 0 and summary["tokens_computed"] == summary["tokens_total"]
+    assert (folder / "side_by_side.mp4").exists()
+
+
+def test_stock_can_be_estimated_from_a_few_iterations(run):
+    folder, code = run("--set", "stock=3", "--preset", "exact")
+    assert code == 0
+    stock = json.loads((folder / "summary.json").read_text())["stages"][0]
+    assert stock["measured_iterations"] == 3 and stock["psnr_db"] is None
+    full = json.loads((run("--preset", "exact")[0] / "summary.json").read_text())["stages"][0]
+    assert stock["flops"] == full["flops"] and stock["tokens_computed"] == full["tokens_computed"]
+
+
+def test_a_video_is_continued(run, tmp_path):
+    given = np.zeros((14, 40, 60, 3), np.uint8)
+    given[..., 0] = np.arange(14)[:, None, None] * 16
+    write_video(tmp_path / "given.mp4", given, fps=16)
+    folder, code = run("--video", str(tmp_path / "given.mp4"), "--num-frames", "33")
+    assert code == 0
+    video = read_video(folder / "video.mp4")
+    assert video.shape == (14 + 33 - 9, 32, 32, 3)
+    np.testing.assert_allclose(video[:14].mean((1, 2))[:, 0], np.arange(14) * 16, atol=6)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["exact_vs_stock_max_error"] is not None
+
+
+@pytest.mark.parametrize("schedule", [[], ["--set", "ar_step=0", "--set", "causal_block_size=1"]])
+def test_a_video_starts_with_an_image(run, tmp_path, schedule):
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "image.png")
+    folder, code = run("--image", str(tmp_path / "image.png"), "--set", "prefix_noise=fresh", *schedule)
+    assert code == 0
+    assert json.loads((folder / "summary.json").read_text())["exact_vs_stock_max_error"] < 1e-4
+
+
+def test_an_image_is_the_first_latent_frame(tiny_pipeline_folder):
+    """Of a video denoised in chunks of several frames, where the stock pipeline alone would denoise it away."""
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    settings = RunSettings(
+        str(tiny_pipeline_folder),
+        "a red circle",
+        image="given",
+        height=32,
+        width=32,
+        num_frames=21,
+        steps=4,
+        ar_step=2,
+        causal_block_size=3,
+        addnoise_condition=20,
+        max_sequence_length=8,
+    )
+    pipe = load_pipeline(tiny_pipeline_folder, "image", sigmas="diffusers")
+    pipe.set_progress_bar_config(disable=True)
+    generator = Generator(pipe, settings, plan_windows("image", 21, 21, None, 3), image=image)
+    generator.encode()
+    latents = generator.run().latents
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    with torch.no_grad():
+        expected = pipe.vae.encode(pixels).latent_dist.mode()
+    torch.testing.assert_close(latents[:, :, :1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_long_video_comes_in_windows(run):
+    folder, code = run(
+        "--num-frames", "33", "--set", "base_num_frames=21", "--preset", "exact", "--set", "addnoise_condition=0"
+    )
+    assert code == 0
+    assert len(read_video(folder / "video.mp4")) == 33
+    trace = Trace.from_dict(json.loads((folder / "trace.json").read_text()))
+    assert {record.window for record in trace.records} == {0, 1}
+    assert json.loads((folder / "summary.json").read_text())["exact_vs_stock_max_error"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?"),
+        (["--steps", "x"], "argument --steps: 'x' is not a whole number"),
+        (["--guidance-scale", "nan"], "'nan' is not a number"),
+        (["--steps"], "expected one argument"),
+        (["stray"], "'stray' belongs to no option"),
+        (["--set", "steps"], "not of the form KEY=VALUE"),
+        (["--set", "cache.alpha=1.5"], "alpha: 1.5 is outside its range; allowed: 0 to 1"),
+        (["--preset", "slwo"], "did you mean 'slow'?"),
+        (["--height", "100"], "height: 100 is not a multiple of 16; use 96 or 112"),
+        (["--num-frames", "41"], "num_frames: 41 is 11 latent frames, which chunks of 3 do not fill; use 33 or 45"),
+        (["--dtype", "fp4"], "dtype: 'fp4' is not allowed"),
+        (["--device", "tpu"], "device: 'tpu' is not allowed"),
+        (["--offload", "model", "--device", "cpu"], "use --offload none"),
+        (["--image", "nowhere.png"], "image 'nowhere.png' cannot be read: No such file or directory"),
+        (["--video", "nowhere.mp4"], "video 'nowhere.mp4' does not exist"),
+        (["--config", "nowhere.yaml"], "config 'nowhere.yaml' cannot be read"),
+        (["--model", "assets/nowhere"], "model 'assets/nowhere' is neither a folder nor the name"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, capsys, options, message):
+    folder, code = run(*options)
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert message in printed.err
+    assert not folder.exists(), "bad input leaves no folder behind"
+
+
+def test_unwritable_output_is_refused(run, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    _, code = run("--output", str(tmp_path / "file" / "out"))
+    assert code == 2 and "cannot be written" in capsys.readouterr().err
+
+
+def test_help_names_every_option_and_both_gpus(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    options = (
+        "prompt negative-prompt preset config model image video num-frames height width steps seed guidance-scale "
+        "output device dtype offload no-compare set"
+    )
+    assert all(f"  --{option} " in text for option in options.split())
+    assert "24 GB" in text and "80 GB" in text
+
+
+def test_interruption_keeps_what_is_complete(tiny_pipeline_folder, tmp_path):
+    """Ctrl-C in the third stage, which is long: the exact video is there and named."""
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "skyreels_v2_motioncache", "--model", str(tiny_pipeline_folder), *SMALL]
+    command += ["--steps", "150", "--set", "stock=none", "--output", str(folder)]
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 240
+    while not (folder / "exact.mp4").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"interrupted: complete in {folder}: exact.mp4" in errors
+    assert [file.name for file in folder.iterdir()] == ["exact.mp4"]
+
+
+def test_words_that_the_model_does_not_know_are_named(run, capsys):
+    _, code = run("--no-compare", "--prompt", "a red zebra moving left, sideways")
+    assert code == 0 and "does not know the words: zebra, sideways." in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_exit_codes(capsys):
+    def bad():
+        raise UserError("two\nlines")
+
+    def stopped():
+        raise Interrupted("complete in out: video.mp4")
+
+    assert run_command(lambda: None) == 0
+    assert run_command(bad) == 2 and run_command(stopped) == 130
+    assert capsys.readouterr().err == "error: two lines\n\ninterrupted: complete in out: video.mp4\n"
+
+
+def test_assignments_are_read_as_yaml():
+    assert parse_assignment("cache.threshold=0.15") == ("cache.threshold", 0.15)
+    assert parse_assignment("shift=null") == ("shift", None)
+    assert parse_assignment("prompt=a=b") == ("prompt", "a=b")

@@ -1,0 +1,61 @@
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC, original_sigmas
+
+CONFIG = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0}
+
+# SkyworkAI/SkyReels-V2, FlowUniPCMultistepScheduler.set_timesteps(50, shift=8): linspace(0.999, 0, 51)[:-1], shifted,
+# times 1000, cut to whole numbers.
+FIRST = [999, 997, 994, 991, 989]
+LAST = [551, 470, 363, 216]  # of 30 steps
+
+
+def test_timesteps_are_those_of_the_original_repository():
+    scheduler = OriginalSigmasUniPC(**CONFIG)
+    scheduler.set_timesteps(50)
+    assert len(scheduler.timesteps) == 50 and scheduler.timesteps.dtype == torch.int64
+    assert scheduler.timesteps[:5].tolist() == FIRST
+    sigma = 8 * original_sigmas(50) / (1 + 7 * original_sigmas(50))
+    np.testing.assert_allclose(scheduler.sigmas[:-1], sigma, rtol=1e-6)
+    assert scheduler.sigmas[-1] == 0
+    scheduler.set_timesteps(30)
+    assert scheduler.timesteps[-4:].tolist() == LAST
+
+
+def test_library_timesteps_differ_by_up_to_six():
+    ours, theirs = OriginalSigmasUniPC(**CONFIG), UniPCMultistepScheduler(**CONFIG)
+    ours.set_timesteps(50)
+    theirs.set_timesteps(50)
+    assert (ours.timesteps - theirs.timesteps).abs().max() == 6
+
+
+def test_copies_that_are_set_by_number_keep_the_levels():
+    """The diffusion-forcing pipelines do this for every latent frame."""
+    scheduler = OriginalSigmasUniPC.from_config(UniPCMultistepScheduler(**CONFIG).config)
+    scheduler.set_timesteps(50, device="cpu")
+    copy = deepcopy(scheduler)
+    copy.set_timesteps(50, device="cpu")
+    assert torch.equal(copy.timesteps, scheduler.timesteps) and torch.equal(copy.sigmas, scheduler.sigmas)
+
+
+def test_given_sigmas_are_used():
+    scheduler = OriginalSigmasUniPC(**CONFIG)
+    scheduler.set_timesteps(sigmas=np.array([0.5, 0.25]))
+    assert scheduler.sigmas.tolist() == pytest.approx([8 * 0.5 / 4.5, 8 * 0.25 / 2.75, 0])
+
+
+def test_denoising_along_the_true_velocity_ends_at_the_clean_sample():
+    scheduler = OriginalSigmasUniPC(**CONFIG)
+    scheduler.set_timesteps(20)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 4, generator=generator), torch.randn(2, 4, generator=generator)
+    sigma = scheduler.sigmas[0]
+    sample = (1 - sigma) * clean + sigma * noise
+    for t in scheduler.timesteps:
+        sample = scheduler.step(noise - clean, t, sample, return_dict=False)[0]
+    torch.testing.assert_close(sample, clean, atol=1e-4, rtol=1e-4)

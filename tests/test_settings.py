@@ -1,0 +1,407 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.cache.config import SKYREELS_1_3B_POLYNOMIAL, SKYREELS_14B_POLYNOMIAL
+from common.errors import UserError
+from skyreels_v2_motioncache.checkpoint import Architecture, find_checkpoint, inspect_checkpoint
+from skyreels_v2_motioncache.loading import check_offload, load_pipeline, resolve_device, resolve_dtype
+from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC
+from skyreels_v2_motioncache.settings import CONFIGS, RunSettings, from_dict, load_settings, method_name
+from skyreels_v2_motioncache.validate import check_given_video, check_shapes, check_steps
+from skyreels_v2_motioncache.windows import Window, plan_windows, video_frames
+
+REAL = Architecture(temporal_factor=4, spatial_factor=8, patch=(2, 2))
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+SKYREELS = [path for path in SHIPPED if path.name.startswith(("skyreels", "tiny"))]
+
+
+def settings(**changes) -> RunSettings:
+    """The paper's run, with changes."""
+    paper = {"model": "m", "prompt": "p", "num_frames": 177, "overlap_history": 17, "addnoise_condition": 20}
+    return RunSettings(**{**paper, **changes})
+
+
+# -- shipped files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SKYREELS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_fit_their_model(path):
+    loaded, used = load_settings(path)
+    factor = 4 if path.name.startswith("tiny") else 8
+    check_shapes(loaded, Architecture(4, factor, (2, 2)))
+    assert used == path
+    assert loaded.cache.method == ("exact" if path.stem.endswith("exact") else "motioncache")
+
+
+@pytest.mark.parametrize("path", SKYREELS, ids=lambda path: path.stem)
+def test_shipped_configs_name_every_setting(path):
+    """A reader sees the whole run in one file."""
+    left_out = {field.name for field in dataclasses.fields(RunSettings)} - yaml.safe_load(path.read_text()).keys()
+    assert left_out == {"image", "video"}
+
+
+@pytest.mark.parametrize("size", ["1.3b_540p", "14b_540p", "14b_720p"])
+def test_presets_of_a_model_differ_in_the_cache_alone(size):
+    runs = [load_settings(CONFIGS / f"skyreels_v2_{size}_{preset}.yaml")[0] for preset in ("exact", "slow", "fast")]
+    same = [dataclasses.replace(run, cache=runs[0].cache) for run in runs]
+    assert same[0] == same[1] == same[2]
+    polynomial = SKYREELS_1_3B_POLYNOMIAL if size.startswith("1.3b") else SKYREELS_14B_POLYNOMIAL
+    assert runs[1].cache.polynomial == runs[2].cache.polynomial == polynomial
+    assert (runs[1].cache.threshold, runs[2].cache.threshold) == (0.1, 0.15)
+    assert runs[1].cache == runs[2].cache.replace(threshold=0.1)
+
+
+def test_the_published_run():
+    run, _ = load_settings(CONFIGS / "skyreels_v2_1.3b_540p_slow.yaml")
+    assert (run.height, run.width, run.num_frames, run.base_num_frames, run.overlap_history) == (544, 960, 177, 97, 17)
+    assert (run.steps, run.guidance_scale, run.shift, run.ar_step, run.causal_block_size) == (50, 6.0, 8.0, 5, 5)
+    assert (run.addnoise_condition, run.seed, run.fps, run.sigmas) == (20, 1024, 24, "original")
+    assert (run.cache.alpha, run.cache.chunk_phase, run.cache.min_update_share) == (0.6, 6, 0.4)
+
+
+# -- which file, which value ------------------------------------------------------------------------------------------
+
+
+def test_default_is_the_tiny_model_slow():
+    run, path = load_settings()
+    assert path == CONFIGS / "tiny_slow.yaml"
+    assert method_name(run, path, None, {}) == "motioncache-slow"
+
+
+def test_a_model_brings_its_config():
+    run, path = load_settings(model="/data/SkyReels-V2-DF-14B-720P-Diffusers", preset="fast")
+    assert path.name == "skyreels_v2_14b_720p_fast.yaml"
+    assert run.model == "/data/SkyReels-V2-DF-14B-720P-Diffusers"
+
+
+def test_a_preset_takes_the_cache_of_the_configs_sibling():
+    slow = CONFIGS / "skyreels_v2_14b_540p_slow.yaml"
+    run, path = load_settings(slow, preset="fast")
+    assert path == slow and run.cache == load_settings(CONFIGS / "skyreels_v2_14b_540p_fast.yaml")[0].cache
+    run, _ = load_settings(slow, preset="flowcache-slow")
+    assert run.cache == load_settings(slow)[0].cache.replace(alpha=1.0)
+    assert method_name(run, slow, "flowcache-slow", {}) == "flowcache-slow"
+
+
+def test_a_preset_without_a_sibling_is_refused(tmp_path):
+    path = tmp_path / "mine_slow.yaml"
+    shutil.copy(CONFIGS / "tiny_slow.yaml", path)
+    with pytest.raises(UserError, match=r"preset 'fast'.*'mine_fast.yaml'"):
+        load_settings(path, preset="fast")
+
+
+def test_options_win_over_the_file():
+    options = {"steps": 7, "cache.threshold": 0.3}
+    run, path = load_settings(options=options)
+    assert run.steps == 7 and run.cache.threshold == 0.3 and run.cache.alpha == 0.6
+    assert method_name(run, path, None, options) == run.cache.tag
+
+
+def test_settings_survive_yaml():
+    run = settings(stock=3)
+    assert from_dict(yaml.safe_load(yaml.safe_dump(run.to_dict()))) == run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidence_scale": 3}, "unknown setting 'guidence_scale'; did you mean 'guidance_scale'?"),
+        ({"cache": {"treshold": 3}}, "unknown cache setting 'treshold'; did you mean 'threshold'?"),
+        ({"cache": [1]}, "cache: [1] is not allowed"),
+        ({"steps": "many"}, "steps: 'many' is not allowed; give a whole number"),
+        ({"steps": True}, "steps: True is not allowed"),
+        ({"steps": 0}, "steps: 0 is outside its range; allowed: at least 1"),
+        ({"seed": -1}, "seed: -1 is outside its range"),
+        ({"addnoise_condition": -5}, "addnoise_condition: -5 is outside its range; allowed: 0 to 999"),
+        ({"sigmas": "karras"}, "sigmas: 'karras' is not allowed; give 'original' or 'diffusers'"),
+        ({"stock": "half"}, "stock: 'half' is not allowed; give 'full' or 'none' or a whole number"),
+        ({"stock": 1}, "stock: 1 is outside its range; allowed: at least 2"),
+        ({"image": "a.png", "video": "b.mp4"}, "image and video are both given"),
+    ],
+)
+def test_wrong_settings_are_named(changes, message):
+    with pytest.raises(UserError) as error:
+        from_dict({"model": "m", "prompt": "p", **changes})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model", "prompt"])
+def test_a_config_needs_a_model_and_a_prompt(name):
+    values = {"model": "m", "prompt": "p"}
+    del values[name]
+    with pytest.raises(UserError, match=f"names no {name}"):
+        from_dict(values)
+
+
+def test_unknown_preset_gets_a_hint():
+    with pytest.raises(UserError, match="unknown preset 'slwo'; did you mean 'slow'?"):
+        load_settings(preset="slwo")
+
+
+# -- windows ----------------------------------------------------------------------------------------------------------
+
+
+def test_windows_of_the_published_run():
+    assert plan_windows("text", 177, 97, 17, 5) == [Window(0, 25, 0), Window(20, 25, 5)]
+
+
+def test_windows_by_kind():
+    assert plan_windows("text", 97, 97, 17, 5) == [Window(0, 25, 0)]
+    assert plan_windows("text", 257, 97, 17, 5) == [Window(0, 25, 0), Window(20, 25, 5), Window(40, 25, 5)]
+    assert plan_windows("text", 137, 97, 17, 5) == [Window(0, 25, 0), Window(20, 15, 5)]
+    assert plan_windows("image", 177, 97, 17, 5)[0].prefix == 1
+    assert plan_windows("video", 77, 97, 17, 5) == [Window(0, 20, 5)]
+    assert plan_windows("video", 137, 97, 17, 5) == [Window(0, 25, 5), Window(20, 15, 5)]
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "video"])
+@pytest.mark.parametrize("num_frames", [33, 45, 69, 81, 93])
+def test_windows_are_those_of_the_stock_pipeline(tiny_pipeline_folder, kind, num_frames):
+    """Listen to the pipeline as it makes its schedules, and let it denoise nothing."""
+    from PIL import Image
+
+    pipe = load_pipeline(tiny_pipeline_folder, kind)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    make_matrix = pipe.generate_timestep_matrix
+
+    def listen(frames, steps, base, ar_step, prefix, block):
+        seen.append((frames, prefix))
+        return make_matrix(frames, steps, base, ar_step, prefix, block)
+
+    def stop(pipe, i, t, tensors):
+        pipe._interrupt = True
+        return {}
+
+    pipe.generate_timestep_matrix = listen
+    given = {
+        "text": {},
+        "image": {"image": Image.new("RGB", (16, 16))},
+        "video": {"video": [Image.new("RGB", (16, 16))] * 9},
+    }
+    pipe(
+        prompt="a red circle",
+        **given[kind],
+        height=16,
+        width=16,
+        num_frames=num_frames,
+        base_num_frames=45,
+        overlap_history=9,
+        num_inference_steps=2,
+        ar_step=1,
+        causal_block_size=3,
+        max_sequence_length=8,
+        output_type="latent",
+        callback_on_step_end=stop,
+    )
+    assert seen == [(w.frames, w.prefix) for w in plan_windows(kind, num_frames, 45, 9, 3)]
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 540}, "height: 540 is not a multiple of 16; use 528 or 544"),
+        ({"width": 8}, "width: 8 is not a multiple of 16; use 16"),
+        ({"num_frames": 100}, "num_frames: 100 is not 4·k + 1, as the video autoencoder needs; use 97 or 101"),
+        ({"num_frames": 85}, "num_frames: 85 is 22 latent frames, which chunks of 5 do not fill; use 77 or 97"),
+        (
+            {"num_frames": 181},
+            "num_frames: 181 leaves window 3 of 3 with 6 latent frames, which chunks of 5 do not fill; use 177 or 197",
+        ),
+        (
+            {"base_num_frames": 121},
+            "base_num_frames: 121 frames are 31 latent frames, which chunks of 5 do not fill; use 117 or 137",
+        ),
+        (
+            {"overlap_history": 13},
+            "overlap_history: 13 frames are 4 latent frames, which chunks of 5 do not fill; use 17 or 37",
+        ),
+        ({"overlap_history": None}, "overlap_history: null is not allowed for more than 97 frames; use 17 or 37"),
+        ({"overlap_history": 97}, "overlap_history: 97 leaves nothing to generate in windows of 97 frames; use 17"),
+        ({"image": "a.png", "num_frames": 137}, "num_frames: 137 ends in a shorter window"),
+        ({"image": "a.png", "addnoise_condition": 0}, "addnoise_condition: 0 is not allowed with an image"),
+        ({"video": "a.mp4", "num_frames": 17}, "leaves none to generate; use 37 or more"),
+    ],
+)
+def test_wrong_shapes_are_refused_with_the_nearest_right_ones(changes, message):
+    with pytest.raises(UserError) as error:
+        check_shapes(settings(**changes), REAL)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "video"])
+@pytest.mark.parametrize("frames", range(1, 260, 12))
+def test_the_frame_counts_suggested_work(kind, frames):
+    given = {} if kind == "text" else {kind: "file"}
+    try:
+        check_shapes(settings(num_frames=frames, **given), REAL)
+    except UserError as error:
+        suggested = str(error).rpartition("use ")[2].removesuffix(" or more").split(" or ")
+        for count in suggested:
+            check_shapes(settings(num_frames=int(count), **given), REAL)
+
+
+def test_frames_of_one_window_need_no_overlap():
+    assert check_shapes(settings(num_frames=97, overlap_history=None), REAL) == [Window(0, 25, 0)]
+
+
+def test_synchronous_denoising_takes_any_number_of_latent_frames():
+    sync = settings(num_frames=85, ar_step=0, causal_block_size=1)
+    assert check_shapes(sync, REAL) == [Window(0, 22, 0)]
+
+
+def test_a_given_video_must_reach_over_the_overlap():
+    with pytest.raises(UserError, match=r"has 12 frames, fewer than the 17 .* give a longer one$"):
+        check_given_video(settings(video="clip.mp4"), [None] * 12, 4)
+    with pytest.raises(UserError, match=r"or --set overlap_history=17$"):
+        check_given_video(settings(video="clip.mp4", overlap_history=37), [None] * 20, 4)
+    check_given_video(settings(video="clip.mp4"), [None] * 17, 4)
+
+
+def test_a_distance_table_must_have_an_entry_per_step():
+    cache = {"distance": "table", "distance_table": [0.1] * 30}
+    run = from_dict({"model": "m", "prompt": "p", "steps": 50, "cache": cache})
+    with pytest.raises(UserError, match="steps: 50 does not fit cache.distance_table, which was measured for 30"):
+        check_steps(run)
+    check_steps(dataclasses.replace(run, steps=30))
+
+
+# -- checkpoints and devices ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tiny_pipeline_folder, tmp_path) -> Path:
+    """A checkpoint of its own, to break."""
+    return Path(shutil.copytree(tiny_pipeline_folder, tmp_path / "checkpoint"))
+
+
+def change_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_whole_checkpoint_is_accepted(tiny_pipeline_folder):
+    assert inspect_checkpoint(find_checkpoint(str(tiny_pipeline_folder))) == Architecture(4, 4, (2, 2))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "assets/no-such-model", "a/b/c", "word"])
+def test_what_is_neither_folder_nor_hub_name_is_refused(name):
+    with pytest.raises(UserError, match="is neither a folder nor the name of a hub repository"):
+        find_checkpoint(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no\nroute to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"'Some/Model' .*ConnectionError: no route to host\); check the name"):
+        find_checkpoint("Some/Model")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_missing_parts_are_named(checkpoint, part):
+    shutil.rmtree(checkpoint / part)
+    with pytest.raises(UserError, match=f"has no '{part}'"):
+        inspect_checkpoint(checkpoint)
+
+
+def test_missing_weights_are_named(checkpoint):
+    for file in (checkpoint / "vae").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match="no weights: no .*safetensors in 'vae'"):
+        inspect_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -1])
+def test_truncated_weights_are_found_before_loading(checkpoint, left):
+    (file,) = (checkpoint / "transformer").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(UserError, match=r"\.safetensors' is truncated: \d+ bytes, its header .*fetch it again"):
+        inspect_checkpoint(checkpoint)
+
+
+def test_a_missing_shard_is_found(checkpoint):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (checkpoint / "text_encoder/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model-00001-of-00002.safetensors' cannot be read: No such file"):
+        inspect_checkpoint(checkpoint)
+
+
+def test_other_architectures_are_refused(checkpoint):
+    change_json(checkpoint / "transformer/config.json", _class_name="WanTransformer3DModel")
+    with pytest.raises(UserError, match=r"another architecture: its transformer is 'WanTransformer3DModel'"):
+        inspect_checkpoint(checkpoint)
+
+
+def test_an_image_conditioned_transformer_is_refused(checkpoint):
+    change_json(checkpoint / "transformer/config.json", in_channels=20)
+    with pytest.raises(UserError, match="an image-to-video model with 20 input channels"):
+        inspect_checkpoint(checkpoint)
+
+
+def test_damaged_json_is_refused(checkpoint):
+    (checkpoint / "vae/config.json").write_text('{"_class_name": ')
+    with pytest.raises(UserError, match=r"vae/config.json' cannot be read: it is damaged"):
+        inspect_checkpoint(checkpoint)
+
+
+def test_weights_that_do_not_fit_their_config_are_one_line(checkpoint):
+    change_json(checkpoint / "transformer/config.json", ffn_dim=64)
+    with pytest.raises(UserError, match=r"cannot be loaded \(\w+: .*fetch it again") as error:
+        load_pipeline(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_leaves_what_must_stay_whole(tiny_pipeline_folder):
+    pipe = load_pipeline(tiny_pipeline_folder, dtype=torch.bfloat16)
+    assert pipe.vae.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
+    transformer = pipe.transformer
+    assert transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    assert transformer.blocks[0].scale_shift_table.dtype == torch.float32
+
+
+def test_scheduler_by_settings(tiny_pipeline_folder):
+    stock = load_pipeline(tiny_pipeline_folder, sigmas="diffusers").scheduler
+    assert type(stock).__name__ == "UniPCMultistepScheduler" and stock.config.flow_shift == 3.0
+    original = load_pipeline(tiny_pipeline_folder, shift=8.0).scheduler
+    assert isinstance(original, OriginalSigmasUniPC) and original.config.flow_shift == 8.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="device: 'cuda' is not there.*use --device cpu"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "gpu"])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(UserError, match="is not allowed; give 'auto', 'cpu', 'cuda' or 'cuda:N'"):
+        resolve_device(name)
+
+
+def test_dtypes_by_device():
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_offloading_needs_a_gpu():
+    with pytest.raises(UserError, match="use --offload none"):
+        check_offload("group", torch.device("cpu"))
+
+
+def test_latent_frames_decode_to_video_frames():
+    assert [video_frames(n) for n in (1, 5, 25, 30)] == [1, 17, 97, 117]

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import video
+from common.errors import UserError
+
+
+@pytest.fixture
+def clip() -> np.ndarray:
+    """Ten frames of a bright square that moves right over a gradient, `[10, 48, 64, 3]` uint8."""
+    frames = np.zeros((10, 48, 64, 3), np.uint8)
+    frames[:] = np.linspace(0, 120, 64, dtype=np.uint8)[None, None, :, None]
+    for i, frame in enumerate(frames):
+        frame[16:32, 4 * i : 4 * i + 16] = (240, 60, 30)
+    return frames
+
+
+def test_video_survives_writing_and_reading(tmp_path, clip):
+    video.write_video(tmp_path / "clip.mp4", clip, fps=16)
+    read = video.read_video(tmp_path / "clip.mp4")
+    assert read.shape == clip.shape
+    assert np.abs(read.astype(int) - clip).mean() < 4
+    assert [f.name for f in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_odd_sides_are_padded_to_even(tmp_path, clip):
+    video.write_video(tmp_path / "odd.mp4", clip[:, :47, :63], fps=16)
+    assert video.read_video(tmp_path / "odd.mp4").shape == (10, 48, 64, 3)
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, clip):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises(AttributeError):
+        video.write_video(path, [*clip], fps=16)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_floats_become_bytes():
+    frames = np.array([-0.1, 0.0, 0.5, 1.0, 1.2])
+    assert video.to_uint8(frames).tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("content", [b"", b"plain text, which FFmpeg would draw\n" * 50, bytes(range(256)) * 20])
+def test_what_is_no_video_or_image_is_refused(tmp_path, content):
+    path = tmp_path / "file.mp4"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="holds no frame"):
+        video.read_video(path)
+    with pytest.raises(UserError, match="give a PNG or JPEG"):
+        video.read_image(path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.mp4"):
+        video.read_video(tmp_path / "nowhere.mp4")
+    with pytest.raises(UserError, match=r"nowhere.png.*No such file"):
+        video.read_image(tmp_path / "nowhere.png")
+
+
+def test_truncated_image_is_refused(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="cannot be read"):
+        video.read_image(path)
+
+
+def test_image_becomes_rgb(tmp_path):
+    Image.new("RGBA", (8, 6), (10, 20, 30, 0)).save(tmp_path / "image.png")
+    assert video.read_image(tmp_path / "image.png").getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_resize_keeps_proportions_and_centre():
+    frame = np.zeros((40, 120, 3), np.uint8)
+    frame[:, 40:80] = 255  # the middle square
+    fitted = video.resize_and_crop(frame, 20, 20)
+    assert fitted.shape == (20, 20, 3)
+    assert fitted[:, 1:-1].min() == 255
+
+
+def test_side_by_side_shows_both_videos_under_their_labels(clip):
+    joined = video.side_by_side([clip, 255 - clip], [["exact", "100 %"], ["motioncache-slow", "45 %, 31.2 dB"]])
+    height, width = joined.shape[1:3]
+    assert height % 2 == 0 and width % 2 == 0 and len(joined) == 10
+    bar = height - 48 * 7
+    assert joined[0, bar + 7 * 20, 10].tolist() == clip[0, 20, 1].tolist()
+    assert joined[0, bar + 7 * 20, width - 10].tolist() == (255 - clip[0, 20, 62]).tolist()
+    assert joined[0, :bar, : width // 2].max() > 200 and joined[0, :bar, width // 2 :].max() > 200
+
+
+def test_long_labels_fit_their_pane():
+    bar = video.label_bar(["motioncache-t0.1-a0.6-k6-w5-input-residual_change"], 300)
+    assert bar[:, -6:].max() == 24, "text runs over the edge"
+    assert bar.max() > 200
