@@ -1,0 +1,143 @@
+"""Floating point operations of forwards, a multiply-add counted as two; elementwise work is not counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from magi1_motioncache.captions import NULL_TOKENS
+from magi1_motioncache.embeddings import SINUSOID_WIDTH
+from magi1_motioncache.plan import ChunkCall, Role, SamplingPlan
+from magi1_motioncache.transformer import PATCH
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by part of the model.
+
+    Attributes:
+        linear: projections and MLP of the layers.
+        self_attention: scores and weighted values over the key range.
+        cross_attention: the same over the caption, and the caption's keys and values.
+        embedders: everything outside the layers, and the gates.
+    """
+
+    linear: int = 0
+    self_attention: int = 0
+    cross_attention: int = 0
+    embedders: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.linear + other.linear,
+            self.self_attention + other.self_attention,
+            self.cross_attention + other.cross_attention,
+            self.embedders + other.embedders,
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Linears and self-attention, what grows with the video."""
+        return self.linear + self.self_attention
+
+    @property
+    def total(self) -> int:
+        """All that is forwarded."""
+        return self.blocks + self.cross_attention + self.embedders
+
+
+def forward_flops(
+    config: Mapping[str, Any],
+    tokens: int,
+    keys: int,
+    caption_tokens: int,
+    distilled: bool,
+    context_tokens: int | None = None,
+) -> Flops:
+    """One forward of `tokens` tokens of a chunk.
+
+    Args:
+        config: the transformer's.
+        tokens: queries: the chunk's tokens, or those of them that are computed.
+        keys: keys attended to, own ones included.
+        caption_tokens: tokens of the caption attended to.
+        distilled: the step size is embedded too.
+        context_tokens: tokens embedded and read out, when more than are computed; `tokens` by default.
+
+    Returns:
+        Operations of the forward.
+    """
+    hidden, layers = config["hidden_size"], config["num_layers"]
+    query = config["num_attention_heads"] * config["kv_channels"]
+    kv = config["num_query_groups"] * config["kv_channels"]
+    condition = int(hidden * config["cond_hidden_ratio"])
+    text = int(hidden * config["xattn_cond_hidden_ratio"])
+    mlp = config["ffn_hidden_size"] * (3 if config["gated_linear_unit"] else 2)
+    per_token = hidden * (2 * query + 2 * kv) + 2 * query * hidden + hidden * mlp
+    ends = PATCH * PATCH * (config["in_channels"] + config["out_channels"]) * hidden
+    times = (SINUSOID_WIDTH * condition + condition * condition) * (2 if distilled else 1)
+    captions = config["caption_channels"] * (caption_tokens * text + condition)
+    gates = layers * condition * 2 * hidden
+    return Flops(
+        linear=2 * layers * tokens * per_token,
+        self_attention=4 * layers * tokens * keys * query,
+        cross_attention=layers * (4 * tokens * caption_tokens * query + 2 * caption_tokens * text * 2 * kv),
+        embedders=2 * ((tokens if context_tokens is None else context_tokens) * ends + times + captions + gates),
+    )
+
+
+def call_flops(
+    config: Mapping[str, Any], call: ChunkCall, chunk_tokens: int, text_tokens: int, distilled: bool
+) -> Flops:
+    """One forward of a plan, all tokens computed.
+
+    Args:
+        config: the transformer's.
+        call: the forward.
+        chunk_tokens: tokens per chunk.
+        text_tokens: tokens of the prompt's caption, special tokens included.
+        distilled: whether the step size is embedded.
+    """
+    caption = text_tokens if call.uses_text else NULL_TOKENS
+    return forward_flops(config, chunk_tokens, call.kv_chunks * chunk_tokens, caption, distilled)
+
+
+@dataclass(frozen=True)
+class RoleTotal:
+    """Forwards of one role: how many, key chunks they attend to in all, operations."""
+
+    forwards: int = 0
+    kv_chunks: int = 0
+    flops: Flops = Flops()
+
+
+@dataclass(frozen=True)
+class PlanFlops:
+    """Operations of a whole video by role."""
+
+    roles: dict[Role, RoleTotal]
+
+    def count(self, part: Callable[[Flops], int], without: Iterable[Role] = ()) -> int:
+        """Sum `part` of all roles but those in `without`, e.g. `count(lambda f: f.blocks, [Role.CLEAN])`."""
+        excluded = set(without)
+        return sum(part(total.flops) for role, total in self.roles.items() if role not in excluded)
+
+
+def plan_flops(config: Mapping[str, Any], plan: SamplingPlan, height: int, width: int, text_tokens: int) -> PlanFlops:
+    """Operations of a video without any caching.
+
+    Args:
+        config: the transformer's.
+        plan: the forwards, all passes of guidance counted.
+        height, width: frame size in pixels.
+        text_tokens: tokens of the prompt's caption, special tokens included.
+    """
+    chunk_tokens = plan.config.chunk_width * (height // 16) * (width // 16)
+    roles = {role: RoleTotal() for role in Role}
+    calls = (*plan.prefix_calls(), *(call for calls in plan.iterations() for call in calls))
+    for call in calls:
+        old = roles[call.role]
+        flops = call_flops(config, call, chunk_tokens, text_tokens, plan.config.distill)
+        roles[call.role] = RoleTotal(old.forwards + 1, old.kv_chunks + call.kv_chunks, old.flops + flops)
+    return PlanFlops(roles)

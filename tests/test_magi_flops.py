@@ -1,0 +1,66 @@
+"""Operation counts: against torch's own counter, and against the totals known for the published sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from magi1_motioncache.flops import forward_flops, plan_flops
+from magi1_motioncache.kv_cache import ChunkKVCache, ChunkKVView
+from magi1_motioncache.plan import Role, SamplingPlan
+from magi1_motioncache.presets import VARIANTS
+from magi1_motioncache.transformer import Magi1Transformer3DModel
+from tests.magi_cases import transformer
+
+PETA = 1e15
+CAPTION = 102  # 100 tokens of text and two special ones
+
+
+@pytest.fixture(scope="module")
+def config():
+    with torch.device("meta"):
+        return dict(Magi1Transformer3DModel(**VARIANTS["4.5B_distill"].transformer).config)
+
+
+@pytest.mark.parametrize(
+    ("frames", "steps", "ranges", "forwards", "pairs", "a", "b", "c", "d"),
+    [
+        (168, 64, (5, 4, 3, 2), (448, 6, 112), (1248, 6, 112), 140.48, 140.15, 139.19, 122.18),
+        (240, 64, (), (640, 9, 160), (3520, 45, 160), 310.12, 309.64, 305.98, 283.97),
+        (240, 16, (), (160, 9, 40), (880, 45, 40), 80.28, 80.16, 76.49, 73.74),
+    ],
+)
+def test_totals_of_the_published_size(config, frames, steps, ranges, forwards, pairs, a, b, c, d):
+    sampling = VARIANTS["4.5B_distill"].sampling.replace(num_steps=steps, noise2clean_kvrange=ranges)
+    flops = plan_flops(config, SamplingPlan.for_frames(sampling, frames), 720, 720, CAPTION)
+    roles = [flops.roles[role] for role in (Role.DENOISE, Role.CLEAN, Role.NEAR)]
+    assert tuple(role.forwards for role in roles) == forwards
+    assert tuple(role.kv_chunks for role in roles) == pairs
+    # The known total projects all 800 rows of a padded caption; here padding never enters the model.
+    assert flops.count(lambda f: f.total) / PETA == pytest.approx(a, rel=1e-4)
+    assert flops.count(lambda f: f.blocks) / PETA == pytest.approx(b, abs=0.006)
+    assert flops.count(lambda f: f.blocks, [Role.CLEAN]) / PETA == pytest.approx(c, abs=0.006)
+    assert flops.count(lambda f: f.blocks, [Role.NEAR]) / PETA == pytest.approx(d, abs=0.006)
+
+
+@pytest.mark.parametrize("shortcut", [None, 4.0])
+@pytest.mark.parametrize("gated", [False, True])
+def test_against_the_counter_of_torch(shortcut, gated):
+    options = dict(transformer("A").config) | {"gated_linear_unit": gated, "half_channel_vae": gated}
+    options |= {"in_channels": 32, "out_channels": 32} if gated else {}
+    model = Magi1Transformer3DModel(**options).requires_grad_(False)
+    cache, caption = ChunkKVCache(), torch.randn(1, 7, model.config.caption_channels)
+    for chunk in range(2):
+        view = ChunkKVView(cache, cache, chunk, 0, 0)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(torch.randn(1, 16, 2, 6, 8), torch.tensor([0.5]), caption, 2 * chunk, view, shortcut=shortcut)
+    assert counter.get_total_flops() == forward_flops(model.config, 24, 48, 7, shortcut is not None).total
+
+
+def test_fewer_tokens_cost_less(config):
+    full = forward_flops(config, 12150, 24300, CAPTION, True)
+    half = forward_flops(config, 6075, 24300, CAPTION, True, context_tokens=12150)
+    assert half.blocks * 2 == full.blocks
+    assert half.embedders == full.embedders
