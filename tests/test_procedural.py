@@ -1,0 +1,104 @@
+"""The procedural videos are what their captions say, and the same on every machine."""
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from training import procedural as pv
+
+
+def words(shape="circle", motion="still", texture="plain", pan="static", colour="red"):
+    return pv.SceneWords((pv.SpriteWords(colour, shape, motion),), texture, "grey", pan)
+
+
+def centre_of_red(frame: np.ndarray) -> tuple[float, float]:
+    """Centre of mass `(x, y)` of the pixels where red stands out."""
+    mass = np.clip(frame[..., 0] - frame[..., 1] - 0.2, 0, None)
+    rows, columns = np.indices(mass.shape)
+    return (columns * mass).sum() / mass.sum(), (rows * mass).sum() / mass.sum()
+
+
+def test_clip_is_deterministic_and_bounded():
+    first, caption = pv.clip("train", 7, 9)
+    again, caption_again = pv.clip("train", 7, 9)
+    assert caption == caption_again
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (9, 96, 96, 3) and first.dtype == np.float32
+    assert 0 <= first.min() < first.max() <= 1
+
+
+def test_a_later_start_is_the_same_clip_cut():
+    whole, _ = pv.clip("train", 3, 21)
+    tail, _ = pv.clip("train", 3, 9, start=12)
+    np.testing.assert_allclose(whole[12:], tail, atol=1e-6)
+
+
+def test_captions_parse_back_to_their_words():
+    for index in range(400):
+        rng = pv.rng_of("train", index)
+        drawn = pv.draw_words(rng)
+        assert pv.parse_caption(pv.caption_of(drawn, rng)) == drawn
+
+
+def test_captions_use_only_the_vocabulary():
+    vocabulary = set(pv.vocabulary())
+    assert {word for caption in pv.prompts("train", 300) for word in caption.split()} == vocabulary
+
+
+def test_prompt_sets_are_disjoint():
+    sets = [set(pv.prompts(split, 48)) for split in ("calibration", "choosing", "reporting")]
+    assert all(len(s) == 48 for s in sets)
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+
+
+@pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1)])
+def test_movers_go_where_the_caption_says(motion, axis, sign):
+    for seed in range(5):
+        video = pv.render(pv.place(words(motion=motion), pv.rng_of("train", seed)), 13)
+        travelled = centre_of_red(video[-1])[axis] - centre_of_red(video[0])[axis]
+        assert 6 < sign * travelled < 20
+
+
+def test_still_things_are_still_and_spinners_turn_in_place():
+    still = pv.render(pv.place(words(), pv.rng_of("train", 0)), 9)
+    np.testing.assert_array_equal(still[0], still[-1])
+    spinning = pv.render(pv.place(words("cross", "spinning"), pv.rng_of("train", 0)), 9)
+    assert np.abs(spinning[0] - spinning[-1]).max() > 0.2
+    np.testing.assert_allclose(centre_of_red(spinning[0]), centre_of_red(spinning[-1]), atol=1.5)
+
+
+@pytest.mark.parametrize("texture", [t for t in pv.TEXTURES if t != "plain"])
+def test_panning_shifts_the_background(texture):
+    scene = pv.place(words(texture=texture, pan="right"), pv.rng_of("train", 1))
+    video = pv.render(scene, 9)
+    bottom = video[:, -6:, :, 2]
+    assert np.abs(bottom[0] - bottom[-1]).max() > 0.05
+    still = pv.render(pv.place(words(texture=texture), pv.rng_of("train", 1)), 9)
+    np.testing.assert_array_equal(still[0], still[-1])
+
+
+def test_every_shape_has_its_own_area():
+    inside = {}
+    for shape in pv.SHAPES:
+        video = pv.render(pv.place(words(shape), pv.rng_of("train", 2)), 1)
+        inside[shape] = int((video[0, ..., 0] - video[0, ..., 1] > 0.3).sum())
+    assert len(set(inside.values())) == len(pv.SHAPES)
+    assert all(100 < area < 1600 for area in inside.values())
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a red circle moving left",
+        "a pink circle moving left over a plain grey background",
+        "a red circle on a grey background",
+    ],
+)
+def test_foreign_captions_are_refused(caption):
+    with pytest.raises(UserError):
+        pv.parse_caption(caption)
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(UserError, match="nowhere"):
+        pv.rng_of("nowhere", 0)
