@@ -67,7 +67,6 @@ class Job:
         self.device = loading.resolve_device(s.device)
         self.dtype = loading.resolve_dtype(s.dtype, self.device)
         loading.check_offload(s.offload, self.device)
-        validate.check_steps(s)
         image = None if s.image is None else np.asarray(read_image(s.image))
         video = None if s.video is None else read_video(s.video)
         architecture = inspect_checkpoint(find_checkpoint(s.model, weights=False), weights=False)

@@ -36,20 +36,6 @@ def check_shapes(settings: RunSettings, architecture: Architecture) -> list[Wind
     return windows
 
 
-def check_steps(settings: RunSettings) -> None:
-    """Check settings of the cache against the number of steps.
-
-    Raises:
-        UserError: a distance table of another length than the run.
-    """
-    table = settings.cache.distance_table
-    if settings.cache.distance == "table" and len(table) != settings.steps:
-        raise UserError(
-            f"steps: {settings.steps} does not fit cache.distance_table, which was measured for {len(table)}; "
-            f"use --steps {len(table)} or another cache.distance ('input', 'modulation')"
-        )
-
-
 def check_given_video(settings: RunSettings, video: np.ndarray | None, factor: int) -> None:
     """Check that a given video is long enough to continue.
 

@@ -75,8 +75,11 @@ def test_distances():
     assert rescale(torch.tensor(0.0), coefficients) < 0  # as published
     assert rescale(torch.tensor(0.3), None) == pytest.approx(0.3)
     assert table_entry((0.1, 0.2), 1, 2) == 0.2
-    with pytest.raises(UserError, match="2 entries but the run has 3 steps"):
-        table_entry((0.1, 0.2), 1, 3)
+    table = (0.0, 0.1, 0.3, 0.2, 0.4)
+    longer = [table_entry(table, k, 5) for k in range(5)]
+    assert longer == pytest.approx(table)
+    assert [table_entry(table, k, 3) for k in range(3)] == pytest.approx([0.0, 0.4, 0.6])
+    assert sum(table_entry(table, k, 9) for k in range(9)) == pytest.approx(1.0)
     assert log_snr(0.5) == 0
     assert log_snr(0.2) == pytest.approx(math.log(4))
     assert math.isfinite(log_snr(0.0)) and math.isfinite(log_snr(1.0))

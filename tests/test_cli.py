@@ -59,7 +59,8 @@ def run(tiny_pipeline_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def comparison(run):
     """One whole comparison, which chooses tokens in its later steps."""
-    early = ["cache.warmup_steps=2", "cache.chunk_phase=0", "cache.min_update_share=0", "cache.threshold=0.05"]
+    early = ["cache.warmup_steps=2", "cache.chunk_phase=0", "cache.min_update_share=0", "cache.distance=input"]
+    early.append("cache.threshold=0.05")
     return run(*(part for setting in early for part in ("--set", setting)))
 
 

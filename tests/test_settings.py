@@ -13,7 +13,7 @@ from skyreels_v2_motioncache.checkpoint import Architecture, find_checkpoint, in
 from skyreels_v2_motioncache.loading import check_offload, load_pipeline, resolve_device, resolve_dtype
 from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC
 from skyreels_v2_motioncache.settings import CONFIGS, RunSettings, from_dict, load_settings, method_name
-from skyreels_v2_motioncache.validate import check_given_video, check_shapes, check_steps
+from skyreels_v2_motioncache.validate import check_given_video, check_shapes
 from skyreels_v2_motioncache.windows import Window, plan_windows, video_frames
 
 REAL = Architecture(temporal_factor=4, spatial_factor=8, patch=(2, 2))
@@ -265,14 +265,6 @@ def test_a_given_video_must_reach_over_the_overlap():
     with pytest.raises(UserError, match=r"or --set overlap_history=17$"):
         check_given_video(settings(video="clip.mp4", overlap_history=37), [None] * 20, 4)
     check_given_video(settings(video="clip.mp4"), [None] * 17, 4)
-
-
-def test_a_distance_table_must_have_an_entry_per_step():
-    cache = {"distance": "table", "distance_table": [0.1] * 30}
-    run = from_dict({"model": "m", "prompt": "p", "steps": 50, "cache": cache})
-    with pytest.raises(UserError, match="steps: 50 does not fit cache.distance_table, which was measured for 30"):
-        check_steps(run)
-    check_steps(dataclasses.replace(run, steps=30))
 
 
 # -- checkpoints and devices ------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class MotionCacheConfig:
             (`distance_table`, measured beforehand).
         polynomial: coefficients, highest power first, applied to the relative L1; `None` leaves it as it is.
         distance_table: Δ per step, for `distance="table"`: entry k is the mean relative change of the residual from
-            step k-1 to step k. Its length is the number of denoising steps.
+            step k-1 to step k. For another number of steps it is resampled.
         score: what the weights are made of: `"output_motion"` (inter-frame difference of the block stack's outputs,
             SkyReels), `"latent_motion"` (of the noisy latents, MAGI-1), `"input_change"` (the token's own input since
             it was last computed) or `"residual_change"` (relative change of its residual when last measured).

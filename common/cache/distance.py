@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from common.errors import UserError
 
 
 def relative_l1(current: Tensor, previous: Tensor) -> Tensor:
@@ -27,17 +26,21 @@ def rescale(value: Tensor, polynomial: tuple[float, ...] | None) -> Tensor:
 
 
 def table_entry(table: tuple[float, ...], step: int, num_steps: int) -> float:
-    """Δ measured beforehand for the step, entry `step` of `[num_steps]`.
+    """Δ measured beforehand for a step.
 
-    Raises:
-        UserError: the table was measured with another number of steps.
+    Args:
+        table: Δ per step; a table of another length than `num_steps` is resampled along its running sum, so that a run
+            of fewer, longer steps passes through the same total change.
+        step: from 0; nothing comes before step 0, its Δ is 0.
+        num_steps: steps of this run.
     """
-    if len(table) != num_steps:
-        raise UserError(
-            f"distance_table has {len(table)} entries but the run has {num_steps} steps; "
-            f"use --steps {len(table)} or measure a table for {num_steps}"
-        )
-    return table[step]
+    if step == 0:
+        return 0.0
+    if len(table) == num_steps:
+        return table[step]
+    path = np.cumsum(table)
+    before, now = (k * (len(table) - 1) / (num_steps - 1) for k in (step - 1, step))
+    return float(np.diff(np.interp([before, now], np.arange(len(table)), path))[0])
 
 
 def log_snr(sigma: float) -> float:
