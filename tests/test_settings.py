@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from common.cache.config import SKYREELS_1_3B_POLYNOMIAL, SKYREELS_14B_POLYNOMIAL
+from common.cache.config import SKYREELS_1_3B_POLYNOMIAL
 from common.errors import UserError
 from skyreels_v2_motioncache.checkpoint import Architecture, find_checkpoint, inspect_checkpoint
 from skyreels_v2_motioncache.loading import check_offload, load_pipeline, resolve_device, resolve_dtype
@@ -19,6 +19,9 @@ from skyreels_v2_motioncache.windows import Window, plan_windows, video_frames
 REAL = Architecture(temporal_factor=4, spatial_factor=8, patch=(2, 2))
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 SKYREELS = [path for path in SHIPPED if path.name.startswith(("skyreels", "tiny"))]
+
+# As TeaCache published it.
+POLYNOMIAL_14B = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1)
 
 
 def settings(**changes) -> RunSettings:
@@ -51,7 +54,7 @@ def test_presets_of_a_model_differ_in_the_cache_alone(size):
     runs = [load_settings(CONFIGS / f"skyreels_v2_{size}_{preset}.yaml")[0] for preset in ("exact", "slow", "fast")]
     same = [dataclasses.replace(run, cache=runs[0].cache) for run in runs]
     assert same[0] == same[1] == same[2]
-    polynomial = SKYREELS_1_3B_POLYNOMIAL if size.startswith("1.3b") else SKYREELS_14B_POLYNOMIAL
+    polynomial = SKYREELS_1_3B_POLYNOMIAL if size.startswith("1.3b") else POLYNOMIAL_14B
     assert runs[1].cache.polynomial == runs[2].cache.polynomial == polynomial
     assert (runs[1].cache.threshold, runs[2].cache.threshold) == (0.1, 0.15)
     assert runs[1].cache == runs[2].cache.replace(threshold=0.1)

@@ -13,7 +13,6 @@ from training.text import TEXT_DIM, build_text_encoder, build_tokenizer, embed
 
 BLOCK = 3
 """Latent frames of a causal chunk."""
-WINDOW_CHUNKS = 4
 LATER_SHARE = 0.35
 """Share of windows of several chunks that begin later than their clip."""
 CAPTION_DROPOUT = 0.1

@@ -9,10 +9,9 @@ from typing import Any, Literal, get_type_hints
 from common.checks import check_keys, check_range, check_type, near_miss
 from common.errors import UserError
 
-# TeaCache's polynomials for SkyReels-V2, highest power first, fitted for five retention steps (METHOD: MotionCache and
-# TeaCache rescale the relative L1 of the time modulation with them). They go negative near zero, as published.
+# TeaCache's polynomial for SkyReels-V2 1.3B, highest power first, fitted for five retention steps; MotionCache uses it
+# too. It goes negative near zero, as published.
 SKYREELS_1_3B_POLYNOMIAL = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2)
-SKYREELS_14B_POLYNOMIAL = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1)
 
 
 @dataclass(frozen=True)
