@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from common.cache import ChunkStep, Engine, MotionCacheConfig, Signals, Trace
+from common.cache import ChunkStep, Compression, Engine, MotionCacheConfig, Signals, Trace
+from common.cache.mask import nearest_computed
 from common.errors import UserError
 from magi1_motioncache.captions import ChunkCaptions
 from magi1_motioncache.denoiser import ExactDenoiser
-from magi1_motioncache.plan import ChunkCall, Role, SamplingPlan
+from magi1_motioncache.plan import ChunkCall, Pass, Role, SamplingPlan
 from magi1_motioncache.transformer import PATCH, ChunkInputs, Magi1Transformer3DModel
 
 
@@ -37,17 +40,34 @@ class CachedDenoiser(ExactDenoiser):
         keep_maps: bool = False,
     ) -> None:
         super().__init__(transformer, captions, plan)
-        if config.method != "exact" and config.distance == "modulation":
-            raise UserError(
-                "distance: 'modulation' is not allowed, MAGI-1 has no time modulation; use 'input' or 'table'"
-            )
+        check_config(config)
         self.engine = Engine(config, Trace(keep_maps=keep_maps))
+        for cache in self.caches.values():
+            cache.storage = self.engine.storage
+            self.engine.watch(cache)
         self._latents: Tensor | None = None
+        self._announced: dict[ChunkCall, ChunkInputs] = {}
 
     @property
     def trace(self) -> Trace:
         """What was computed."""
         return self.engine.trace
+
+    def start_iteration(self, calls: Sequence[ChunkCall], latents: Sequence[Tensor]) -> None:
+        """Tell a policy that decides jointly of all chunks that are being denoised.
+
+        A nearly-clean copy follows the decision without a say in it: it has the latents of a chunk that has one.
+        """
+        if not self.engine.decides_jointly:
+            return
+        self._announced = {call: self.prepare(call, x) for call, x in zip(calls, latents, strict=True)}
+        active = [(call, inputs) for call, inputs in self._announced.items() if call.role is Role.DENOISE]
+        self.engine.announce([(self._step(call, inputs), Signals(inputs.hidden)) for call, inputs in active], "all")
+
+    def prepare(self, call: ChunkCall, latents: Tensor) -> ChunkInputs:
+        """What enters the block stack (see `ExactDenoiser`), once per forward."""
+        inputs = self._announced.pop(call, None)
+        return super().prepare(call, latents) if inputs is None else inputs
 
     def predict(self, call: ChunkCall, latents: Tensor) -> Tensor:
         """Velocity of one chunk (see `Denoiser`)."""
@@ -55,14 +75,28 @@ class CachedDenoiser(ExactDenoiser):
         with self.engine.trace.timed(latents.device):
             velocity = super().predict(call, latents)
         if call.role in (Role.CLEAN, Role.PREFIX):
-            for branch in (call.branch.value, Role.NEAR.value):
+            for branch in (call.branch.value, Role.NEAR.value, Pass.UNCOND.value):
                 self.engine.release(call.chunk, branch)
         return velocity
 
     def run_blocks(self, call: ChunkCall, inputs: ChunkInputs) -> Tensor:
         """Block stack outputs of all tokens of the chunk, `[1, tokens, hidden]`: computed, reused, or some of each."""
-        tokens = inputs.hidden.shape[1]
-        step = ChunkStep(
+        for cache in self.caches.values():  # the size of a chunk is first known here
+            cache.compression = Compression.of(self.engine.config, inputs.grid)
+
+        def blocks(hidden: Tensor, index: Tensor | None) -> Tensor:
+            if index is None:
+                return self.transformer.run_blocks(inputs, self.keys_values(call))
+            follow = self.engine.config.reused_kv == "neighbour"
+            nearest = nearest_computed(index, inputs.grid) if follow else None
+            return self.transformer.run_blocks(inputs.select(index), self.keys_values(call, index, nearest))
+
+        signals = Signals(inputs.hidden, latents=_patches(self._latents) if self.engine.needs_latents else None)
+        role = "refresh" if call.role in (Role.CLEAN, Role.PREFIX) else "denoise"
+        return self.engine.run_blocks(self._step(call, inputs), signals, blocks, role)
+
+    def _step(self, call: ChunkCall, inputs: ChunkInputs) -> ChunkStep:
+        return ChunkStep(
             window=0,
             iteration=call.iteration,
             chunk=call.chunk,
@@ -71,20 +105,19 @@ class CachedDenoiser(ExactDenoiser):
             num_steps=self.plan.config.num_steps,
             sigma=1.0 - call.t,  # MAGI's time runs from noise to clean
             grid=inputs.grid,
-            kv_tokens=call.kv_chunks * tokens,
+            kv_tokens=self.keys_values(call).length(inputs.hidden.shape[1]),
+            dt=call.dt,
         )
-
-        def blocks(hidden: Tensor, index: Tensor | None) -> Tensor:
-            chosen = inputs if index is None else inputs.select(index)
-            return self.transformer.run_blocks(chosen, self.keys_values(call, rows=index))
-
-        signals = Signals(inputs.hidden, latents=_patches(self._latents) if self.engine.needs_latents else None)
-        role = "refresh" if call.role in (Role.CLEAN, Role.PREFIX) else "denoise"
-        return self.engine.run_blocks(step, signals, blocks, role)
 
     def finish(self, call: ChunkCall, inputs: ChunkInputs, hidden: Tensor) -> Tensor:
         """Velocity `[1, channels, frames, height, width]` from the block stack's outputs."""
         return self.transformer.unpatchify(self.engine.finish(self.transformer.head(hidden)), inputs.grid)
+
+
+def check_config(config: MotionCacheConfig) -> None:
+    """Raise a `UserError` for a config that measures a time modulation, which MAGI-1 does not have."""
+    if config.method != "exact" and config.distance == "modulation":
+        raise UserError("distance: 'modulation' is not allowed, MAGI-1 has no time modulation; use 'input' or 'table'")
 
 
 def _patches(latents: Tensor) -> Tensor:

@@ -18,8 +18,11 @@ TRAINING_RANKS = 8  # the weights of `linear_proj` follow the head order of the 
 class KeyValueStore(Protocol):
     """Where a chunk's forward puts its keys and values and learns what it may attend to."""
 
-    def update(self, layer: int, key_value: Tensor) -> Tensor:
-        """Take `[batch, new tokens, kv heads, 2 * head dim]` (K then V) and return all rows to attend to."""
+    def update(self, layer: int, key_value: Tensor, query: Tensor) -> Tensor:
+        """Take `[batch, new tokens, kv heads, 2 * head dim]` (K then V) and return all rows to attend to.
+
+        `query` `[batch, new tokens, query heads, head dim]` is what will attend to them.
+        """
         ...
 
 
@@ -119,7 +122,7 @@ class ParallelAttention(nn.Module):
         query = self._positioned(self.linear_qkv.q(normed), self.q_layernorm, rope)
         key = self._positioned(self.linear_qkv.k(normed), self.k_layernorm, rope)
         value = self._heads(self.linear_qkv.v(normed))
-        attended = grouped_attention(query, keys_values.update(layer, torch.cat([key, value], dim=-1)))
+        attended = grouped_attention(query, keys_values.update(layer, torch.cat([key, value], dim=-1), query))
         captioned = self._attend_to_caption(normed, text)
         return linear_to_float(interleave(attended, captioned), self.linear_proj.weight)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +55,12 @@ class Magi1Sampler:
         self.prefix = None if prefix is None else prefix.to(self.latents)
 
     @torch.no_grad()
-    def run(self, denoiser: Denoiser) -> Iterator[FinishedChunk]:
+    def run(self, denoiser: Denoiser, on_iteration: Callable[[], None] | None = None) -> Iterator[FinishedChunk]:
         """Denoise the video.
 
         Args:
             denoiser: answers the forwards.
+            on_iteration: called after each iteration, before the chunks that it finished are handed out.
 
         Yields:
             Each chunk as soon as it is finished.
@@ -70,7 +71,10 @@ class Magi1Sampler:
         reach = _earliest_needed(iterations)
         for calls, needed in zip(iterations, reach, strict=True):
             denoiser.release(needed)
-            yield from self._integrate(calls, self.velocities(denoiser, calls))
+            finished = self._integrate(calls, self.velocities(denoiser, calls))
+            if on_iteration is not None:
+                on_iteration()
+            yield from finished
 
     def velocities(self, denoiser: Denoiser, calls: Sequence[ChunkCall]) -> dict[int, Tensor]:
         """Guided velocity of every chunk that one iteration updates.
@@ -84,8 +88,10 @@ class Magi1Sampler:
         """
         passes: dict[int, dict[Pass, Tensor]] = {}
         near: dict[int, Tensor] = {}
-        for call in calls:
-            velocity = denoiser.predict(call, self._chunk_latents(call.chunk))
+        latents = [self._chunk_latents(call.chunk) for call in calls]
+        denoiser.start_iteration(calls, latents)
+        for call, chunk_latents in zip(calls, latents, strict=True):
+            velocity = denoiser.predict(call, chunk_latents)
             if call.role is Role.DENOISE:
                 passes.setdefault(call.chunk, {})[call.branch] = velocity
             elif call.role is Role.NEAR:
@@ -96,14 +102,13 @@ class Magi1Sampler:
             for chunk, by_pass in passes.items()
         }
 
-    def _integrate(self, calls: Sequence[ChunkCall], velocities: dict[int, Tensor]) -> Iterator[FinishedChunk]:
+    def _integrate(self, calls: Sequence[ChunkCall], velocities: dict[int, Tensor]) -> list[FinishedChunk]:
         updates = {call.chunk: call for call in calls if call.role is Role.DENOISE}
         for chunk, call in updates.items():
             start, end = self._frames(chunk)
             self.latents[:, :, start:end] = self._chunk_latents(chunk) + velocities[chunk] * call.dt
-        for chunk, call in updates.items():
-            if call.step == self.plan.config.num_steps - 1:
-                yield self._finished(chunk)
+        last = self.plan.config.num_steps - 1
+        return [self._finished(chunk) for chunk, call in updates.items() if call.step == last]
 
     def _finished(self, chunk: int) -> FinishedChunk:
         start, end = self._frames(chunk)

@@ -18,11 +18,13 @@ class ChunkCall:
     Attributes:
         kv: K/V of the running branch.
         write: rows that this call writes.
+        final: whether it makes the chunk's K/V final, after which clean K/V may be compressed.
         prompt_kv: per layer, K/V of the branch's prompt for cross-attention; filled at the first use.
     """
 
     kv: KVCache | None = None
     write: Write | None = None
+    final: bool = False
     prompt_kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -56,6 +58,8 @@ class CachedSelfAttention(_Processor):
         query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
         key, value = self.call.kv.update(self.layer, key, value, self.call.write)
         out = self._attend(query, key, value)
+        if self.call.final:
+            self.call.kv.compress(self.layer, query, self.call.write)
         return attn.to_out[1](attn.to_out[0](out))
 
 

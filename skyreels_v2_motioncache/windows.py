@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Kind = Literal["text", "image", "video"]
-"""What a video is made from besides the prompt; each has its pipeline class."""
+from common.settings import Kind
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def random_pipeline(
         freq_dim=32,
         ffn_dim=48,
         num_layers=layers,
-        rope_max_seq_len=64,
+        rope_max_seq_len=128,
         inject_sample_info=fps,
         num_frame_per_block=block,
     ).eval()

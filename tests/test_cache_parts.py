@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.cache import KVCache, MotionCacheConfig, Record, Trace, Write
-from common.cache.distance import log_snr, relative_l1, rescale, table_entry
+from common.cache.distance import joint_relative_l1, log_snr, relative_l1, rescale, table_entry
 from common.cache.mask import bucketed, most_urgent, nearest_computed, temporal_vote
 from common.cache.motion import motion_map, motion_weights
 from common.cache.residual import ReuseBuffer
@@ -70,10 +70,12 @@ def test_nearest_computed():
 def test_distances():
     a, b = torch.tensor([1.0, -2, 3]), torch.tensor([2.0, -2, 2])
     assert relative_l1(a, b) == pytest.approx(2 / 6)
-    coefficients = MotionCacheConfig().polynomial
+    coefficients = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2)
     assert rescale(torch.tensor(0.05), coefficients) == pytest.approx(np.poly1d(coefficients)(0.05), rel=1e-4)
     assert rescale(torch.tensor(0.0), coefficients) < 0  # as published
-    assert rescale(torch.tensor(0.3), None) == pytest.approx(0.3)
+    assert rescale(torch.tensor(0.3), (1.0, 0.0)) == pytest.approx(0.3)
+    assert joint_relative_l1([(a, b), (2 * a, 2 * b)]) == pytest.approx(relative_l1(a, b))
+    assert joint_relative_l1([(a, b), (b, b)]) == pytest.approx(relative_l1(a, b) / 2)  # a chunk at rest dilutes
     assert table_entry((0.1, 0.2), 1, 2) == 0.2
     table = (0.0, 0.1, 0.3, 0.2, 0.4)
     longer = [table_entry(table, k, 5) for k in range(5)]
@@ -176,6 +178,8 @@ class TestConfig:
             ({"polynomial": "x"}, "a list, each of it a number"),
             ({"distance": "table"}, "needs distance_table"),
             ({"reuse": "velocity"}, "score 'latent_motion'"),
+            ({"reuse": "update"}, "which reuse 'update' skips"),
+            ({"kv_granularity": "row"}, "give 'token' or"),
         ],
         ids=str,
     )
@@ -186,7 +190,9 @@ class TestConfig:
 
     def test_presets(self):
         assert MotionCacheConfig.preset("slow").threshold == 0.1
+        assert MotionCacheConfig.preset("fast").polynomial is None  # the model's adapter knows it
         assert not MotionCacheConfig.preset("flowcache-slow").token_level
+        assert not MotionCacheConfig.preset("teacache-slow").token_level
         with pytest.raises(UserError, match="did you mean 'slow'"):
             MotionCacheConfig.preset("slo")
 
@@ -201,6 +207,9 @@ def test_trace_round_trip():
     with trace.timed(torch.device("cpu")):
         trace.records.append(Record(0, 1, 2, "cond", 3, "denoise", "select", 10, 40, 80))
     assert trace.records[0].seconds > 0
+    trace.note_memory({"kv": 3, "values": 5})
+    trace.note_memory({"kv": 7, "values": 0})
     again = Trace.from_dict(trace.to_dict())
     assert again.records[0].tokens == 10
     assert again.totals() == {"tokens_computed": 10, "tokens_total": 40}
+    assert again.peak_bytes == {"kv": 7, "values": 5, "total": 8}

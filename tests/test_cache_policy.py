@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from magi_random import make_magi_pipeline
+from skyreels_random import random_pipeline
 
 from common.cache import ChunkStep, Engine, MotionCacheConfig, Signals
+from common.cache.policy import MotionCachePolicy
+from common.errors import UserError
+from magi1_motioncache.adapter import CachedDenoiser
+from skyreels_v2_motioncache import apply_motioncache
 
 GRID = (2, 2, 4)
 TOKENS = 16
@@ -81,6 +87,71 @@ def test_alpha_one_is_the_chunk_level_decision_whatever_else_is_set():
     assert "select" not in decisions(plain)
 
 
+class Listening(MotionCachePolicy):
+    """The policy, which also notes what it was given and what it said."""
+
+    def __init__(self, config: MotionCacheConfig) -> None:
+        super().__init__(config)
+        self.heard: dict[tuple, list[tuple[int, torch.Tensor, str]]] = {}
+
+    def decide(self, step, state, signals):
+        choice = super().decide(step, state, signals)
+        heard = self.heard.setdefault((step.window, step.branch, step.chunk), [])
+        heard.append((step.step, signals.inputs.clone(), choice.decision))
+        return choice
+
+
+def flowcache(inputs: list[torch.Tensor], first: int, threshold: float, warmup: int) -> list[str]:
+    """FlowCache's rule for one chunk, computed directly: which steps are computed, `first` being the first step."""
+    decisions, total = [], 0.0
+    for i, now in enumerate(inputs):
+        if i > 0 and first + i >= warmup:
+            total += float((now - inputs[i - 1]).abs().mean() / inputs[i - 1].abs().mean())
+            if total < threshold:
+                decisions.append("reuse")
+                continue
+        decisions.append("full")
+        total = 0.0
+    return decisions
+
+
+def run_skyreels(config: MotionCacheConfig) -> Listening:
+    pipe, call = random_pipeline(layers=1)
+    handle = apply_motioncache(pipe, config)
+    listening = handle.hook.engine.policy = Listening(config)
+    call(num_inference_steps=12)
+    return listening
+
+
+def run_magi(config: MotionCacheConfig) -> Listening:
+    pipe = make_magi_pipeline(num_steps=12, cfg_number=1, window_size=3, noise2clean_kvrange=(3, 2))
+    pipe.set_progress_bar_config(disable=True)
+    listening = Listening(config)
+
+    def denoiser(transformer, captions, plan) -> CachedDenoiser:
+        cached = CachedDenoiser(transformer, captions, plan, config)
+        cached.engine.policy = listening
+        return cached
+
+    pipe("a red circle", height=32, width=32, num_frames=32, output_type="latent", denoiser=denoiser)
+    return listening
+
+
+@pytest.mark.parametrize("run", [run_skyreels, run_magi])
+@pytest.mark.parametrize("others", [{"temporal_vote": False, "min_update_share": 0.0}, {"chunk_phase": 0}], ids=str)
+def test_alpha_one_decides_as_flowcache_on_both_models(run, others):
+    config = BASE.replace(alpha=1.0, threshold=0.4, **others)
+    heard = run(config).heard
+    assert len(heard) >= 4
+    said = set()
+    for steps in heard.values():
+        first = steps[0][0]
+        assert [s[0] for s in steps] == list(range(first, first + len(steps)))
+        assert [s[2] for s in steps] == flowcache([s[1] for s in steps], first, 0.4, 2)
+        said |= {s[2] for s in steps}
+    assert said == {"full", "reuse"}
+
+
 def test_budget_takes_the_same_number_at_every_step():
     config = BASE.replace(budget=0.25, alpha=0.2)
     engine, _ = drive(config)
@@ -151,6 +222,59 @@ def test_velocities_are_reused_and_selected_rows_are_new():
     rows = velocity[0, :, 0]
     assert rows.eq(3.0).sum() == 4  # a quarter computed at the last step
     assert rows.min() >= 1.0  # the others as they were when last computed
+
+
+def test_updates_are_reused_with_the_old_steps_size():
+    engine = Engine(BASE.replace(alpha=1.0, threshold=100.0, reuse="update"))
+    x = torch.ones(1, TOKENS, 6)
+    velocities = []
+    for step, dt in enumerate([0.1, 0.2, 0.4]):
+        call = ChunkStep(0, step, 0, "cond", step, 3, 0.5, GRID, TOKENS, dt=dt)
+        engine.run_blocks(call, Signals(x), lambda v, _: v)
+        velocities.append(engine.finish(torch.full((1, TOKENS, 3), 1.0 + step)))
+    assert decisions(engine) == ["full", "full", "reuse"]
+    torch.testing.assert_close(velocities[1], torch.full((1, TOKENS, 3), 2.0))
+    torch.testing.assert_close(velocities[2] * 0.4, velocities[1] * 0.2)  # x_new - x_old, as it was
+
+
+def test_updates_need_a_step_size():
+    engine = Engine(BASE.replace(alpha=1.0, reuse="update"))
+    x = torch.ones(1, TOKENS, 6)
+    engine.run_blocks(ChunkStep(0, 0, 0, "cond", 0, 3, 0.5, GRID, TOKENS), Signals(x), lambda v, _: v)
+    with pytest.raises(ValueError, match="step size"):
+        engine.finish(x)
+
+
+def test_an_unknown_polynomial_is_refused_and_names_the_ways_out():
+    with pytest.raises(UserError, match=r"set polynomial \(\[1, 0\].*'input' or 'table'"):
+        Engine(MotionCacheConfig())
+    Engine(MotionCacheConfig(polynomial=(1.0, 0.0)))
+    Engine(MotionCacheConfig.preset("exact"))
+
+
+@pytest.mark.parametrize("extrapolation", ["hold", "sigma"])
+def test_memory_is_counted_and_its_peak_kept(extrapolation):
+    class Held:
+        bytes = 1000
+
+    engine = Engine(BASE.replace(alpha=1.0, threshold=0.0, extrapolation=extrapolation))
+    engine.watch(Held())
+    x = torch.ones(1, TOKENS, 6)
+    for step in range(2):
+        engine.run_blocks(ChunkStep(0, step, 0, "cond", step, 3, 0.5, GRID, TOKENS), Signals(x), lambda v, _: v)
+        engine.finish(x)
+    copies = 1 if extrapolation == "hold" else 2
+    values = copies * TOKENS * (6 + 1) * 4  # a value per channel and a time per token, in float32
+    signals = TOKENS * 6 * 4 + TOKENS * 4  # the last input and the accumulators
+    assert engine.memory() == {"kv": 1000, "values": values, "signals": signals}
+    engine.start_window()
+    assert sum(engine.memory().values()) == 0
+    assert engine.trace.peak_bytes == {
+        "kv": 1000,
+        "values": values,
+        "signals": signals,
+        "total": 1000 + values + signals,
+    }
 
 
 def test_a_refresh_decides_nothing_and_frees_the_residual():

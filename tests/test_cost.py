@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import SkyReelsV2DiffusionForcingPipeline, SkyReelsV2Transformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
 from skyreels_random import TEXT_TOKENS, random_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,13 +66,26 @@ def test_exact_mode_at_paper_scale(paper_cost):
     assert paper_cost.trace_flops(Trace(records=records)) / 1e15 == pytest.approx(80.6, abs=0.1)
 
 
-@pytest.mark.parametrize("settings", [{"method": "exact"}, {"budget": 0.4, "chunk_phase": 1, "warmup_steps": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "exact"},
+        {"budget": 0.4, "chunk_phase": 1, "warmup_steps": 2},
+        {"budget": 0.4, "chunk_phase": 1, "warmup_steps": 2, "kv_budget": 1},
+    ],
+    ids=str,
+)
 def test_trace_flops_equal_a_flop_counter(settings):
     pipe, call = random_pipeline(fps=True)
-    pipe.transformer.set_attention_backend("_native_math")  # the counter knows no fused attention on a CPU
     handle = apply_motioncache(pipe, MotionCacheConfig(distance="input").replace(**settings))
-    with FlopCounterMode(display=False) as counter:
+    kv_budget = settings.get("kv_budget")
+    # The counter knows no fused attention on a CPU.
+    with attention_backend("_native_math"), FlopCounterMode(display=False) as counter:
         call()
     remove_motioncache(pipe)
-    ours = model_cost(pipe.transformer, text_tokens=TEXT_TOKENS).trace_flops(handle.trace)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+    cost = model_cost(pipe.transformer, text_tokens=TEXT_TOKENS)
+    # Scoring clean K/V, once per chunk, is half an attention; it is told apart.
+    merged = [r for r in handle.trace.records if r.role == "refresh" and r.kv_tokens > r.tokens] if kv_budget else []
+    scoring = sum(r.tokens * r.kv_tokens * cost.attention_per_pair / 2 for r in merged)
+    assert cost.trace_flops(handle.trace) + scoring == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert bool(merged) == bool(kv_budget)

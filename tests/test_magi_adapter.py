@@ -45,8 +45,10 @@ def cached(case: Case, config: MotionCacheConfig) -> CachedDenoiser:
         MotionCacheConfig.preset("exact"),
         CACHED.replace(budget=1.0),
         CACHED.replace(budget=None, threshold=0.0, reuse="residual", reused_kv="neighbour", extrapolation="logsnr"),
+        CACHED.replace(budget=None, threshold=0.0, reuse="update"),
+        CACHED.replace(budget=None, threshold=0.0, method="teacache"),
     ],
-    ids=["exact", "budget 1", "threshold 0"],
+    ids=["exact", "budget 1", "threshold 0", "updates", "teacache"],
 )
 def test_a_policy_that_always_computes_equals_no_engine(name, config):
     case = Case(name)
@@ -56,7 +58,11 @@ def test_a_policy_that_always_computes_equals_no_engine(name, config):
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("changes", [{}, {"reuse": "residual"}, {"alpha": 1.0}, {"score": "input_change"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reuse": "residual"}, {"reuse": "update"}, {"alpha": 1.0}, {"score": "input_change"}],
+    ids=str,
+)
 def test_caching_saves_and_stays_near(name, changes):
     case = Case(name)
     reference = sample(case, ExactDenoiser(case.transformer, case.captions, case.plan))

@@ -4,13 +4,15 @@ import logging
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
+from diffusers.models.attention_dispatch import attention_backend
 from skyreels_random import random_pipeline
 
 from common.cache import MotionCacheConfig
 from common.errors import UserError
 from skyreels_v2_motioncache import apply_motioncache, remove_motioncache
-from skyreels_v2_motioncache.adapter import from_tokens, to_tokens
+from skyreels_v2_motioncache.patches import from_tokens, to_tokens
+from skyreels_v2_motioncache.polynomial import with_polynomial
 
 CACHED = MotionCacheConfig(distance="input", budget=0.4, warmup_steps=2, chunk_phase=1)
 
@@ -63,8 +65,9 @@ def test_calls_do_not_remember_each_other():
 def test_the_attention_backend_chosen_meanwhile_survives():
     pipe, call = random_pipeline()
     apply_motioncache(pipe, CACHED)
-    pipe.transformer.set_attention_backend("_native_math")
-    call()
+    with attention_backend("native"):  # puts the library's global choice back, which the next line changes too
+        pipe.transformer.set_attention_backend("_native_math")
+        call()
     remove_motioncache(pipe)
     backends = {p._attention_backend for p in pipe.transformer.attn_processors.values()}
     assert [b.value for b in backends] == ["_native_math"]
@@ -159,3 +162,25 @@ def test_errors():
         pipe.maybe_free_model_hooks()
         with pipe.transformer.cache_context("cond"):
             pipe.transformer(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 2), torch.zeros(1, 8, 16))
+
+
+def test_the_polynomial_of_a_published_architecture_is_filled_in():
+    with torch.device("meta"):
+        sizes = {"attention_head_dim": 128, "ffn_dim": 8, "text_dim": 8, "freq_dim": 8, "num_frame_per_block": 5}
+        models = [
+            SkyReelsV2Transformer3DModel(num_attention_heads=heads, num_layers=layers, **sizes)
+            for heads, layers in ((12, 30), (40, 40), (12, 29))
+        ]
+    small, large, other = (with_polynomial(MotionCacheConfig.preset("slow"), model).polynomial for model in models)
+    assert (small[0], large[0], other) == (-5.21862437e4, -3.03318725e5, None)
+    own = MotionCacheConfig(polynomial=(1.0, 0.0))
+    assert with_polynomial(own, models[0]) == own
+    assert with_polynomial(CACHED, models[0]) == CACHED
+
+
+def test_settings_that_this_model_cannot_follow_are_refused():
+    pipe, _ = random_pipeline()
+    with pytest.raises(UserError, match=r"needs a polynomial.*'input' or 'table'"):
+        apply_motioncache(pipe, MotionCacheConfig.preset("slow"))
+    with pytest.raises(UserError, match="reuse: 'update' is not allowed"):
+        apply_motioncache(pipe, CACHED.replace(reuse="update", alpha=1.0))

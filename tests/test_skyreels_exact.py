@@ -5,7 +5,7 @@ import torch
 from skyreels_random import LONG, random_pipeline
 
 from common.cache import MotionCacheConfig
-from skyreels_v2_motioncache import adapter, apply_motioncache, remove_motioncache, routing
+from skyreels_v2_motioncache import apply_motioncache, hook, remove_motioncache, routing
 from skyreels_v2_motioncache.plan import WindowPlan
 
 EXACT = MotionCacheConfig.preset("exact")
@@ -89,18 +89,18 @@ def test_without_the_refresh_of_clean_chunks_it_fails(monkeypatch):
 
 
 def test_with_a_wrong_rotary_offset_it_fails(monkeypatch):
-    original = adapter.chunk_routing
-    monkeypatch.setattr(adapter, "chunk_routing", lambda model, stack, first: original(model, stack, max(first - 1, 0)))
+    original = hook.chunk_routing
+    monkeypatch.setattr(hook, "chunk_routing", lambda model, stack, first: original(model, stack, max(first - 1, 0)))
     assert errors(*random_pipeline()) > 10 * TOLERANCE
 
 
 def test_with_a_wrong_modulation_row_it_fails(monkeypatch):
-    original = adapter.MotionCacheHook._run_chunk
+    original = hook.MotionCacheHook._run_chunk
 
     def late(self, module, name, branch, chunk, latents, timestep, conditions):
         return original(self, module, name, branch, chunk, latents, (timestep - 20).clamp(min=0), conditions)
 
-    monkeypatch.setattr(adapter.MotionCacheHook, "_run_chunk", late)
+    monkeypatch.setattr(hook.MotionCacheHook, "_run_chunk", late)
     assert errors(*random_pipeline()) > 10 * TOLERANCE
 
 

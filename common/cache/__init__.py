@@ -3,10 +3,21 @@
 `engine.Engine` is what a model's adapter talks to; `config.MotionCacheConfig` is what a user sets.
 """
 
+from common.cache.compression import Compression
 from common.cache.config import MotionCacheConfig
 from common.cache.engine import Engine
 from common.cache.kv import KVCache, Write
 from common.cache.policy import ChunkStep, Signals
 from common.cache.trace import Record, Trace
 
-__all__ = ["ChunkStep", "Engine", "KVCache", "MotionCacheConfig", "Record", "Signals", "Trace", "Write"]
+__all__ = [
+    "ChunkStep",
+    "Compression",
+    "Engine",
+    "KVCache",
+    "MotionCacheConfig",
+    "Record",
+    "Signals",
+    "Trace",
+    "Write",
+]

@@ -9,53 +9,56 @@ from typing import Any, Literal, get_type_hints
 from common.checks import check_keys, check_range, check_type, near_miss
 from common.errors import UserError
 
-# TeaCache's polynomial for SkyReels-V2 1.3B, highest power first, fitted for five retention steps; MotionCache uses it
-# too. It goes negative near zero, as published.
-SKYREELS_1_3B_POLYNOMIAL = (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2)
-
 
 @dataclass(frozen=True)
 class MotionCacheConfig:
     """How a chunk's denoising steps are shortened.
 
-    The defaults are the published method on SkyReels-V2 1.3B (MotionCache, arXiv 2605.01725).
+    The defaults are the published method (MotionCache, arXiv 2605.01725). What is a matter of the model alone, such as
+    `polynomial`, is filled in by the model's adapter where it is known.
 
     Args:
-        method: `"exact"` computes every token of every active chunk at every step; `"motioncache"` caches.
+        method: `"exact"` computes every token of every active chunk at every step; `"motioncache"` caches, each chunk
+            or token on its own; `"teacache"` decides once per iteration for all active chunks together.
         threshold: τ of Eq. 13. A token is computed when its accumulated, weighted change reaches it. Larger is faster
             and less faithful.
         alpha: α of Eq. 10, the smallest weight a token can have. 1 gives every token the same weight, which makes the
             decision per chunk: FlowCache (arXiv 2602.10825).
         weight_power: exponent on the normalised motion before α is applied (1 as published).
-        warmup_steps: first steps of a chunk that are computed whole. The public SkyReels code computes five with its
-            `warmup 4`: steps 0 to 4.
+        warmup_steps: first steps of a chunk that are computed whole, for TeaCache first iterations of a window (its
+            retention steps). The public code computes five with its `warmup 4`: steps 0 to 4.
         chunk_phase: length of the chunk-level phase between warm-up and token phase (K).
-        chunk_phase_unit: whether `chunk_phase` counts computed steps (`"updates"`, SkyReels) or all steps since the
-            chunk began, warm-up included (`"steps"`, MAGI-1).
+        chunk_phase_unit: whether `chunk_phase` counts computed steps (`"updates"`) or all steps since the chunk began,
+            warm-up included (`"steps"`).
         min_update_share: a step that wants fewer tokens than this share, but some, computes none and lets the
             accumulators grow. 0 turns it off.
         temporal_vote: compute a spatial position in all frames of the chunk when more than half of them want it, and
             in none otherwise.
         budget: share of a chunk's tokens to compute at each step of the token phase, the most urgent ones, instead of
             comparing with `threshold`; in the chunk phase a whole chunk is computed each time its share adds up to
-            one. Shapes are the same at every step and nothing is read back from the device.
+            one. Shapes are the same at every step and nothing is read back from the device. Not for TeaCache.
         distance: what Δ of Eq. 12 measures between this step and the previous one: `"modulation"` (relative L1 of the
             time modulation, rescaled by `polynomial`), `"input"` (relative L1 of the embedded input) or `"table"`
             (`distance_table`, measured beforehand).
-        polynomial: coefficients, highest power first, applied to the relative L1; `None` leaves it as it is.
+        polynomial: coefficients, highest power first, applied to the relative L1 of the modulation; `(1, 0)` leaves it
+            as it is. `None` takes the one that the adapter knows for the model.
         distance_table: Δ per step, for `distance="table"`: entry k is the mean relative change of the residual from
             step k-1 to step k. For another number of steps it is resampled.
-        score: what the weights are made of: `"output_motion"` (inter-frame difference of the block stack's outputs,
-            SkyReels), `"latent_motion"` (of the noisy latents, MAGI-1), `"input_change"` (the token's own input since
-            it was last computed) or `"residual_change"` (relative change of its residual when last measured).
-        reuse: what a reused token takes from the cache: `"residual"` (block stack output minus input) or `"velocity"`
-            (the model's output).
+        score: what the weights are made of: `"output_motion"` (inter-frame difference of the block stack's outputs),
+            `"latent_motion"` (of the noisy latents), `"input_change"` (the token's own input since it was last
+            computed) or `"residual_change"` (relative change of its residual when last measured).
+        reuse: what a reused token takes from the cache: `"residual"` (block stack output minus input), `"velocity"`
+            (the model's output) or `"update"` (output times step size, `x_new - x_old` of an Euler step: reused
+            unchanged it carries the old step's size along).
         extrapolation: `"hold"` uses the cached value as it is; `"sigma"` and `"logsnr"` extend the last two computed
             values linearly over σ or over λ = log((1-σ)/σ). They keep two values per token instead of one.
         reused_kv: K/V of tokens that are not computed at a step that computes others: `"stale"` (as published) or
             `"neighbour"` (moved by the change of the nearest computed token of the same chunk).
         bucket: numbers of selected tokens are rounded up to a multiple of this; the surplus goes to the next most
             urgent tokens. Keeps shapes few for compiled blocks.
+        kv_budget: chunks' worth of clean K/V to keep per KV head (FlowCache's compression, see `compression`); `None`
+            keeps all. `method="exact"` always keeps all.
+        kv_granularity: whether tokens are kept one by one, or whole frames or chunks.
         state_device: where K/V and residuals live between uses: `"model"` or `"cpu"`.
 
     Raises:
@@ -66,7 +69,7 @@ class MotionCacheConfig:
         'motioncache-t0.1-a1-k6-w5-modulation'
     """
 
-    method: Literal["exact", "motioncache"] = "motioncache"
+    method: Literal["exact", "motioncache", "teacache"] = "motioncache"
     threshold: float = 0.1
     alpha: float = 0.6
     weight_power: float = 1.0
@@ -77,13 +80,15 @@ class MotionCacheConfig:
     temporal_vote: bool = True
     budget: float | None = None
     distance: Literal["modulation", "input", "table"] = "modulation"
-    polynomial: tuple[float, ...] | None = SKYREELS_1_3B_POLYNOMIAL
+    polynomial: tuple[float, ...] | None = None
     distance_table: tuple[float, ...] | None = None
     score: Literal["output_motion", "latent_motion", "input_change", "residual_change"] = "output_motion"
-    reuse: Literal["residual", "velocity"] = "residual"
+    reuse: Literal["residual", "velocity", "update"] = "residual"
     extrapolation: Literal["hold", "sigma", "logsnr"] = "hold"
     reused_kv: Literal["stale", "neighbour"] = "stale"
     bucket: int = 1
+    kv_budget: int | None = None
+    kv_granularity: Literal["token", "frame", "chunk"] = "token"
     state_device: Literal["model", "cpu"] = "model"
 
     def __post_init__(self) -> None:
@@ -100,15 +105,19 @@ class MotionCacheConfig:
         check_range("chunk_phase", self.chunk_phase, 0, None)
         check_range("min_update_share", self.min_update_share, 0.0, 1.0)
         check_range("bucket", self.bucket, 1, None)
+        if self.kv_budget is not None:
+            check_range("kv_budget", self.kv_budget, 1, None)
         if self.budget is not None:
             check_range("budget", self.budget, 0.01, 1.0)
+            if self.method == "teacache":
+                raise UserError(f"budget: {self.budget:g} is not allowed for method 'teacache'; set threshold instead")
         if self.distance == "table" and not self.distance_table:
             raise UserError(
                 "distance: 'table' needs distance_table, one Δ per denoising step; measure one or use 'input'"
             )
-        if self.reuse == "velocity" and self.score == "output_motion" and self.token_level:
+        if self.reuse != "residual" and self.score == "output_motion" and self.token_level:
             raise UserError(
-                "score: 'output_motion' needs every token's block output, which reuse 'velocity' skips; "
+                f"score: 'output_motion' needs every token's block output, which reuse {self.reuse!r} skips; "
                 "use score 'latent_motion' or reuse 'residual'"
             )
 
@@ -123,20 +132,16 @@ class MotionCacheConfig:
         if self.method == "exact":
             return "exact"
         how_much = f"t{self.threshold:g}" if self.budget is None else f"b{self.budget:g}"
-        parts = [
-            self.method,
-            how_much,
-            f"a{self.alpha:g}",
-            f"k{self.chunk_phase}",
-            f"w{self.warmup_steps}",
-            self.distance,
-        ]
+        per_token = [f"a{self.alpha:g}", f"k{self.chunk_phase}"] if self.method == "motioncache" else []
+        parts = [self.method, how_much, *per_token, f"w{self.warmup_steps}", self.distance]
         default = type(self)()
         parts += [
             str(getattr(self, n))
             for n in ("score", "reuse", "extrapolation", "reused_kv")
             if getattr(self, n) != getattr(default, n)
         ]
+        if self.kv_budget is not None:
+            parts.append(f"kv{self.kv_budget}{self.kv_granularity}")
         return "-".join(parts)
 
     def replace(self, **changes: Any) -> MotionCacheConfig:
@@ -159,10 +164,11 @@ class MotionCacheConfig:
 
     @classmethod
     def preset(cls, name: str) -> MotionCacheConfig:
-        """A named setting of the papers for SkyReels-V2 1.3B.
+        """A named setting of the papers, for a model with a time modulation.
 
         `exact`: no caching. `slow`: MotionCache as published, τ = 0.1. `fast`: τ = 0.15; the paper does not publish its
-        fast threshold, this is FlowCache's. `flowcache-slow`, `flowcache-fast`: the same with α = 1.
+        fast threshold, this is FlowCache's. `flowcache-slow`, `flowcache-fast`: the same with α = 1. `teacache-slow`,
+        `teacache-fast`: TeaCache with the same thresholds; the papers do not publish the ones they used for it.
 
         Raises:
             UserError: no preset has that name.
@@ -178,4 +184,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"threshold": 0.15},
     "flowcache-slow": {"alpha": 1.0},
     "flowcache-fast": {"alpha": 1.0, "threshold": 0.15},
+    "teacache-slow": {"method": "teacache"},
+    "teacache-fast": {"method": "teacache", "threshold": 0.15},
 }

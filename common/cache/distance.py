@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,14 +12,18 @@ from torch import Tensor
 
 def relative_l1(current: Tensor, previous: Tensor) -> Tensor:
     """Mean |current - previous| over mean |previous|, as a float32 scalar tensor on the same device."""
-    previous = previous.float()
-    return (current.float() - previous).abs().mean() / (previous.abs().mean() + 1e-8)
+    return joint_relative_l1([(current, previous)])
 
 
-def rescale(value: Tensor, polynomial: tuple[float, ...] | None) -> Tensor:
-    """TeaCache's polynomial (highest power first) by Horner's rule; the value itself without one."""
-    if polynomial is None:
-        return value
+def joint_relative_l1(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`relative_l1` of several chunks as if they were one; each pair is a chunk's current and previous signal."""
+    moved = sum((current.float() - previous.float()).abs().mean() for current, previous in pairs)
+    size = sum(previous.float().abs().mean() for _, previous in pairs)
+    return moved / (size + 1e-8)
+
+
+def rescale(value: Tensor, polynomial: tuple[float, ...]) -> Tensor:
+    """TeaCache's polynomial (highest power first) by Horner's rule."""
     result = torch.zeros_like(value)
     for coefficient in polynomial:
         result = result * value + coefficient

@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from common.cache.config import MotionCacheConfig
 from common.cache.distance import log_snr
-from common.cache.policy import FULL, Choice, ChunkState, ChunkStep, Signals, make_policy
+from common.cache.policy import (
+    FULL,
+    Choice,
+    ChunkState,
+    ChunkStep,
+    ExactPolicy,
+    MotionCachePolicy,
+    Policy,
+    Signals,
+)
 from common.cache.residual import ReuseBuffer
+from common.cache.teacache import TeaCachePolicy
 from common.cache.trace import Record, Role, StepMaps, Trace
+from common.errors import UserError
 
 RunBlocks = Callable[[Tensor, Tensor | None], Tensor]
+POLICIES: dict[str, Callable[[MotionCacheConfig], Policy]] = {
+    "exact": lambda config: ExactPolicy(),
+    "motioncache": MotionCachePolicy,
+    "teacache": TeaCachePolicy,
+}
+
+
+class HoldsMemory(Protocol):
+    """A K/V cache, as far as the engine cares."""
+
+    @property
+    def bytes(self) -> int: ...
 
 
 class Engine:
     """The cache of one video in the making. Knows chunks, steps and branches, no model.
 
     A model's adapter calls `start_window` when a window begins and then, chunk after chunk in causal order,
-    `run_blocks` from where the model would run its block stack and `finish` with the model's output.
+    `run_blocks` from where the model would run its block stack and `finish` with the model's output. If
+    `decides_jointly`, it calls `announce` before the first chunk of an iteration.
 
     Args:
         config: what to cache and when.
         trace: where to record; a new one by default.
+
+    Raises:
+        UserError: the config measures the time modulation, and no polynomial is known for the model.
     """
 
     def __init__(self, config: MotionCacheConfig, trace: Trace | None = None) -> None:
+        if config.method != "exact" and config.distance == "modulation" and config.polynomial is None:
+            raise UserError(
+                "distance: 'modulation' needs a polynomial and none is known for this model; set polynomial "
+                "([1, 0] takes the change as it is), or distance 'input' or 'table'"
+            )
         self.config = config
-        self.policy = make_policy(config)
+        self.policy = POLICIES[config.method](config)
         self.trace = trace or Trace()
+        self._watched: list[HoldsMemory] = []
         self._states: dict[tuple[int, str], ChunkState] = {}
         self._storage = torch.device("cpu") if config.state_device == "cpu" else None
         self._caches = config.method != "exact"
@@ -44,7 +78,17 @@ class Engine:
     @property
     def reuses_outputs(self) -> bool:
         """Whether the model's outputs are what is cached, so that `finish` must be given tokens."""
-        return self._caches and self.config.reuse == "velocity"
+        return self._caches and self.config.reuse != "residual"
+
+    @property
+    def decides_jointly(self) -> bool:
+        """Whether `announce` must be called at each iteration."""
+        return self.policy.joint
+
+    @property
+    def announces_signals(self) -> bool:
+        """Whether signals must be given with an announcement."""
+        return self.config.distance != "table"
 
     @property
     def storage(self) -> torch.device | None:
@@ -54,6 +98,23 @@ class Engine:
     def start_window(self) -> None:
         """Forget everything about the chunks before: a new video or window begins."""
         self._states.clear()
+        self._watched.clear()
+        self.policy.start_window()
+
+    def watch(self, cache: HoldsMemory) -> None:
+        """Count a K/V cache of this window in `memory`."""
+        self._watched.append(cache)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held now: `kv` of the watched caches, `values` to be reused, `signals` that decisions are made from.
+
+        The trace keeps the peaks. Extrapolation doubles `values`.
+        """
+        return {
+            "kv": sum(cache.bytes for cache in self._watched),
+            "values": sum(state.buffer.bytes for state in self._states.values()),
+            "signals": sum(state.signal_bytes for state in self._states.values()),
+        }
 
     def state(self, chunk: int, branch: str) -> ChunkState:
         """The state of a chunk and branch, made on first use."""
@@ -66,10 +127,21 @@ class Engine:
         return self._states[key]
 
     def release(self, chunk: int, branch: str) -> None:
-        """Free a finished chunk's residual; only its last frame is still of use, to the chunk after it."""
+        """Free a finished chunk's memory; only its last frame is still of use, to the chunk after it."""
+        self._states.pop((chunk - 1, branch), None)
         state = self._states.get((chunk, branch))
         if state is not None:
             self._states[(chunk, branch)] = ChunkState(ReuseBuffer(), last_frame=state.last_frame)
+
+    @torch.no_grad()
+    def announce(self, active: Sequence[tuple[ChunkStep, Signals | None]], group: str) -> None:
+        """Tell of all chunks that an iteration is about to denoise.
+
+        Args:
+            active: each chunk's step, and what can be measured of it if `announces_signals`.
+            group: forwards that are announced together at every iteration, for instance a guidance pass.
+        """
+        self.policy.announce([(step, self.state(step.chunk, step.branch), signals) for step, signals in active], group)
 
     @torch.no_grad()
     def run_blocks(self, step: ChunkStep, signals: Signals, blocks: RunBlocks, role: Role = "denoise") -> Tensor:
@@ -83,8 +155,8 @@ class Engine:
             role: `"refresh"` computes everything and leaves the caching state alone.
 
         Returns:
-            `[batch, tokens, channels]`. When velocities are reused, rows of reused tokens are not outputs: pass the
-            head's result through `finish`.
+            `[batch, tokens, channels]`. When the model's outputs are reused, rows of reused tokens are not block-stack
+            outputs: pass the head's result through `finish`.
         """
         state = self.state(step.chunk, step.branch)
         x = signals.inputs
@@ -108,8 +180,16 @@ class Engine:
             output: `[batch, tokens, channels]`, the model's head applied to what `run_blocks` returned.
 
         Returns:
-            `[batch, tokens, channels]`: the same, with the rows of reused tokens filled in when velocities are reused.
+            `[batch, tokens, channels]`: the same, with the rows of reused tokens filled in when outputs are reused.
+
+        Raises:
+            ValueError: updates are to be reused, and the step has no `dt`.
         """
+        output = self._completed(output)
+        self.trace.note_memory(self.memory())
+        return output
+
+    def _completed(self, output: Tensor) -> Tensor:
         step, state, signals, choice, role, outputs = self._current
         self._current = None
         if not self._caches:
@@ -118,11 +198,13 @@ class Engine:
             self.policy.observe_refresh(step, state, signals, outputs)
             return output
         if self.reuses_outputs:
-            values = output
+            scale = self._output_scale(step)
+            values = output * scale
             if choice.decision != "full":
-                output = state.buffer.predict(self._time(step), output.device).clone()
+                reused = state.buffer.predict(self._time(step), output.device) / scale
                 if choice.tokens is not None:
-                    output[:, choice.tokens] = values[:, choice.tokens]
+                    reused[:, choice.tokens] = output[:, choice.tokens]
+                output = reused
         else:
             values = outputs - signals.inputs
         if choice.decision != "reuse":
@@ -154,6 +236,14 @@ class Engine:
         self.trace.records.append(record)
         if self.trace.keep_maps and role == "denoise":
             self.trace.maps.append(_maps(record, step, weights, choice.tokens))
+
+    def _output_scale(self, step: ChunkStep) -> float:
+        """What makes a cached value of an output: an update is the output times its own step's size."""
+        if self.config.reuse == "velocity":
+            return 1.0
+        if step.dt is None:
+            raise ValueError("reuse 'update' needs a solver whose update is the output times a step size")
+        return step.dt
 
     def _time(self, step: ChunkStep) -> float:
         return step.sigma if self.config.extrapolation == "sigma" else log_snr(step.sigma)

@@ -1,4 +1,4 @@
-"""Keys and values of a window, per layer: whole write, selected write, freeze."""
+"""Keys and values of a window, per layer: whole write, selected write, compression, freeze."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.cache.compression import Compression, gather
 from common.cache.mask import nearest_computed
 
 
@@ -39,28 +40,43 @@ class Write:
 
 
 class KVCache:
-    """K and V of one branch of one window.
+    """K and V of one branch of one window, `[batch, rows, heads, head dim]` per layer.
 
-    `[batch, window tokens, heads, head dim]` per layer, allocated on the first write.
+    Rows are the window's tokens in order. With compression, those of clean chunks beyond the budget are taken out and
+    the rows behind them move up, so that what a chunk attends to is always one piece of memory from row 0 on.
 
     Args:
         layers: number of attention layers.
         tokens: tokens of the whole window.
         storage: device that holds the tensors; None takes that of the first write. On another device than the
             model's, only the rows asked for travel.
+        compression: what bounds the clean chunks' K/V. Without it the whole window is allocated at the first write,
+            with it rows are added as chunks begin.
     """
 
-    def __init__(self, layers: int, tokens: int, storage: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        layers: int,
+        tokens: int,
+        storage: torch.device | None = None,
+        compression: Compression | None = None,
+    ) -> None:
         self.layers = layers
         self.tokens = tokens
         self.storage = storage
+        self.compression = compression
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
+        self._removed = [0] * layers  # rows taken out so far, all of them before any row that is still written to
         self._frozen: set[int] = set()
 
     def freeze(self, start: int) -> None:
-        """The chunk that starts at row `start` is final: a later write there is a defect and raises."""
+        """The chunk that starts at token `start` is final: a later write there is a defect and raises."""
         self._frozen.add(start)
+
+    def length(self, end: int) -> int:
+        """Keys that a chunk attends to which ends at token `end` of the window."""
+        return end - self._removed[0]
 
     def update(self, layer: int, key: Tensor, value: Tensor, write: Write) -> tuple[Tensor, Tensor]:
         """Write a call's K/V and return everything that its queries may attend to.
@@ -71,7 +87,7 @@ class KVCache:
             write: where they go.
 
         Returns:
-            K and V of rows 0 to the chunk's end, `[batch, write.end, heads, head dim]`, on the device of `key`.
+            K and V up to the chunk's end, `[batch, length(write.end), heads, head dim]`, on the device of `key`.
 
         Raises:
             RuntimeError: the rows are frozen, or outside the window.
@@ -80,11 +96,10 @@ class KVCache:
             raise RuntimeError(f"the K/V of the chunk at row {write.start} are final")
         if write.end > self.tokens:
             raise RuntimeError(f"K/V write up to row {write.end} in a window of {self.tokens}")
-        if self._keys[layer] is None:
-            self._keys[layer] = self._allocate(key)
-            self._values[layer] = self._allocate(value)
-        for store, new in ((self._keys[layer], key), (self._values[layer], value)):
-            rows = store[:, write.start : write.end]
+        start, end = write.start - self._removed[layer], write.end - self._removed[layer]
+        for stores, new in ((self._keys, key), (self._values, value)):
+            store = stores[layer] = self._with_room(stores[layer], end, new)
+            rows = store[:, start:end]
             if write.tokens is None:
                 rows.copy_(new)
                 continue
@@ -92,14 +107,40 @@ class KVCache:
             if write.nearest is not None:
                 rows += (new - rows[:, tokens])[:, write.nearest.to(store.device)]
             rows[:, tokens] = new
-        return tuple(store[:, : write.end].to(key.device) for store in (self._keys[layer], self._values[layer]))
+        return tuple(store[:, :end].to(key.device) for store in (self._keys[layer], self._values[layer]))
 
-    def _allocate(self, like: Tensor) -> Tensor:
+    def compress(self, layer: int, query: Tensor, write: Write) -> None:
+        """Cut the clean rows of a layer down to the budget, if they exceed it.
+
+        Args:
+            layer: which attention layer.
+            query: `[batch, tokens, query heads, head dim]` of the chunk that has just become clean.
+            write: that chunk's last write. All rows up to its end must be final.
+        """
+        end = write.end - self._removed[layer]
+        if self.compression is None or end <= self.compression.budget:
+            return
+        kept = self.compression.select(query, self._keys[layer][:, :end].to(query.device))
+        for store in (self._keys[layer], self._values[layer]):
+            moved = torch.cat([gather(store[:, :end], kept), store[:, end:]], dim=1)
+            store[:, : moved.shape[1]] = moved
+        self._removed[layer] += end - self.compression.budget
+
+    def _with_room(self, store: Tensor | None, rows: int, like: Tensor) -> Tensor:
+        """The store itself if it has that many rows, else a larger one with its content."""
+        if store is not None and store.shape[1] >= rows:
+            return store
+        larger = self._allocate(rows if self.compression else self.tokens, like)
+        if store is not None:
+            larger[:, : store.shape[1]] = store
+        return larger
+
+    def _allocate(self, rows: int, like: Tensor) -> Tensor:
         batch, _, heads, width = like.shape
         device = self.storage or like.device
         # Pinned memory lets the copies back to a GPU run beside its work.
         pin = device.type == "cpu" and like.device.type == "cuda"
-        return torch.zeros(batch, self.tokens, heads, width, dtype=like.dtype, device=device, pin_memory=pin)
+        return torch.zeros(batch, rows, heads, width, dtype=like.dtype, device=device, pin_memory=pin)
 
     @property
     def bytes(self) -> int:

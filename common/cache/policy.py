@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +28,8 @@ class ChunkStep:
         sigma: noise level of the chunk at this step, 0 (clean) to 1 (noise).
         grid: frames, rows and columns of the chunk's tokens.
         kv_tokens: keys that its queries attend to, its own included.
+        dt: factor that the solver puts on the model's output in this step, where its update is just that product (an
+            Euler step); None otherwise.
     """
 
     window: int
@@ -38,6 +41,7 @@ class ChunkStep:
     sigma: float
     grid: tuple[int, int, int]
     kv_tokens: int
+    dt: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -73,6 +77,12 @@ class ChunkState:
     last_input: Tensor | None = None  # [batch, tokens, channels] input of each token when it was last computed
     last_frame: Tensor | None = None  # [batch, rows*columns, channels] features of the last frame at the newest step
 
+    @property
+    def signal_bytes(self) -> int:
+        """Memory held besides the cached values: what decisions and weights are made from."""
+        held = (self.accumulated, self.weights, self.previous_signal, self.last_input, self.last_frame)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -86,8 +96,28 @@ FULL = Choice("full")
 REUSE = Choice("reuse")
 
 
+Announcement = tuple[ChunkStep, ChunkState, Signals | None]
+
+
 class Policy(Protocol):
-    """A caching method. It sees one chunk's step before it is computed, and the outcome after."""
+    """A caching method. It sees one chunk's step before it is computed, and the outcome after.
+
+    Attributes:
+        joint: whether it must hear of all active chunks of an iteration before it decides on the first.
+    """
+
+    joint: bool
+
+    def start_window(self) -> None:
+        """A new window or video begins."""
+
+    def announce(self, active: Sequence[Announcement], group: str) -> None:
+        """Hear of all chunks that are about to be denoised; called for each iteration if `joint`.
+
+        Args:
+            active: the chunks' steps. Signals are None when the config's distance needs none.
+            group: forwards that are announced together at every iteration, for instance a guidance pass.
+        """
 
     def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
         """What to compute. May update `state`'s accumulators."""
@@ -104,6 +134,14 @@ class Policy(Protocol):
 class ExactPolicy:
     """Computes everything and remembers nothing."""
 
+    joint = False
+
+    def start_window(self) -> None:
+        pass
+
+    def announce(self, active: Sequence[Announcement], group: str) -> None:
+        pass
+
     def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
         return FULL
 
@@ -114,15 +152,40 @@ class ExactPolicy:
         pass
 
 
+def measured_change(config: MotionCacheConfig, active: Sequence[Announcement]) -> Tensor | float:
+    """Δ between the last step and this one, of all the given chunks taken together; remembers the signals.
+
+    Chunks that have no last step do not count; without any that has one, Δ is 0.
+
+    Raises:
+        ValueError: the config measures a time modulation and the model has none.
+    """
+    if config.distance == "table":
+        entries = [distance.table_entry(config.distance_table, s.step, s.num_steps) for s, _, _ in active]
+        return sum(entries) / len(entries)
+    pairs = []
+    for _, state, signals in active:
+        signal = signals.modulation if config.distance == "modulation" else signals.inputs
+        if signal is None:
+            raise ValueError("this model has no time modulation; use distance 'input' or 'table'")
+        previous, state.previous_signal = state.previous_signal, signal.detach().clone()
+        if previous is not None:
+            pairs.append((signal, previous))
+    if not pairs:
+        return 0.0
+    change = distance.joint_relative_l1(pairs)
+    return distance.rescale(change, config.polynomial) if config.distance == "modulation" else change
+
+
 @dataclass
-class MotionCachePolicy:
+class MotionCachePolicy(ExactPolicy):
     """MotionCache (arXiv 2605.01725), coarse to fine; with α = 1 it stays coarse and is FlowCache's decision."""
 
     config: MotionCacheConfig = field(default_factory=MotionCacheConfig)
 
     def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
         cfg = self.config
-        change = self._change(step, state, signals)
+        change = measured_change(cfg, [(step, state, signals)])
         if step.step < cfg.warmup_steps or state.accumulated is None:
             # A branch may begin late in a chunk's life (a distilled MAGI-1's second look): it has nothing to reuse yet.
             state.accumulated = torch.zeros(step.tokens, device=signals.inputs.device)
@@ -155,20 +218,6 @@ class MotionCachePolicy:
         if cfg.token_level and cfg.score in ("output_motion", "latent_motion"):
             features = signals.latents if cfg.score == "latent_motion" else outputs
             state.last_frame = features[:, -step.grid[1] * step.grid[2] :].clone()
-
-    def _change(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Tensor | float:
-        """Δ between this step and the previous one."""
-        cfg = self.config
-        if cfg.distance == "table":
-            return distance.table_entry(cfg.distance_table, step.step, step.num_steps)
-        signal = signals.modulation if cfg.distance == "modulation" else signals.inputs
-        if signal is None:
-            raise ValueError("this model has no time modulation; use distance 'input' or 'table'")
-        previous, state.previous_signal = state.previous_signal, signal.detach().clone()
-        if previous is None:
-            return 0.0
-        change = distance.relative_l1(signal, previous)
-        return distance.rescale(change, cfg.polynomial) if cfg.distance == "modulation" else change
 
     def _in_token_phase(self, step: ChunkStep, state: ChunkState) -> bool:
         cfg = self.config
@@ -220,8 +269,3 @@ class MotionCachePolicy:
                 return motion.motion_map(signals.latents, step.grid, previous, relative=False)
             return motion.motion_map(outputs, step.grid, previous, relative=True)
         return scores.to(signals.inputs.device).view(step.grid[0], -1)
-
-
-def make_policy(config: MotionCacheConfig) -> Policy:
-    """The policy that a config names."""
-    return ExactPolicy() if config.method == "exact" else MotionCachePolicy(config)

@@ -9,8 +9,8 @@ from torch import Tensor
 class ReuseBuffer:
     """Cached values of one chunk and branch: held, or extended linearly over a time variable.
 
-    The value may be the residual of the block stack or the model's output: the buffer does not care. Tokens are
-    computed at different steps, so each has its own times.
+    The value may be the residual of the block stack, the model's output or the update made from it: the buffer does not
+    care. Tokens are computed at different steps, so each has its own times.
 
     Args:
         order: 0 keeps one value per token, 1 keeps two and extrapolates.
@@ -27,6 +27,12 @@ class ReuseBuffer:
         self.last_time: Tensor | None = None
         self.before_time: Tensor | None = None
         self.change: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes: one value per token, or two to extrapolate from."""
+        held = (self.last, self.before, self.last_time, self.before_time, self.change)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def store(self, values: Tensor, time: float, tokens: Tensor | None = None) -> None:
         """Remember freshly computed values.

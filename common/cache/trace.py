@@ -58,11 +58,15 @@ class Trace:
 
     Args:
         keep_maps: also keep `StepMaps` of every denoising record; costs memory and a copy to the CPU per step.
+
+    Attributes:
+        peak_bytes: the most that was held at any time, in bytes, of each kind (see `Engine.memory`) and in `total`.
     """
 
     keep_maps: bool = False
     records: list[Record] = field(default_factory=list)
     maps: list[StepMaps] = field(default_factory=list)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
     _pending: list[tuple[Record, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
@@ -88,6 +92,11 @@ class Trace:
             record.seconds = start.elapsed_time(end) / 1000
         self._pending.clear()
 
+    def note_memory(self, held: dict[str, int]) -> None:
+        """Raise the peaks to what is held now, in bytes by kind."""
+        for kind, count in {**held, "total": sum(held.values())}.items():
+            self.peak_bytes[kind] = max(self.peak_bytes.get(kind, 0), count)
+
     def totals(self) -> dict[str, int]:
         """Token computations done and those that exact execution of the same chunks and steps does."""
         return {
@@ -100,11 +109,13 @@ class Trace:
         self.finish()
         rows = [asdict(r) for r in self.records]
         names = list(Record.__dataclass_fields__)
-        return {"columns": {n: [r[n] if n != "seconds" else round(r[n], 6) for r in rows] for n in names}}
+        columns = {n: [r[n] if n != "seconds" else round(r[n], 6) for r in rows] for n in names}
+        return {"columns": columns, "peak_bytes": self.peak_bytes}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Trace:
         """Read what `to_dict` wrote."""
         columns = data["columns"]
         rows = zip(*columns.values(), strict=True)
-        return cls(records=[Record(**dict(zip(columns, row, strict=True))) for row in rows])
+        records = [Record(**dict(zip(columns, row, strict=True))) for row in rows]
+        return cls(records=records, peak_bytes=data["peak_bytes"])
