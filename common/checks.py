@@ -47,10 +47,12 @@ def check_range(name: str, value: float, low: float, high: float | None = None) 
         raise UserError(f"{name}: {value!r} is outside its range; allowed: {allowed}")
 
 
-def nearest_multiples(value: int, factor: int) -> str:
-    """The multiples of `factor` around `value`, in words: `528 or 544`."""
-    below = value // factor * factor
-    return f"{below} or {below + factor}" if below else str(factor)
+def check_multiple(name: str, value: int, factor: int, why: str = "") -> None:
+    """Raise a `UserError` that names the nearest multiples unless `factor` divides `value`."""
+    if value % factor:
+        below = value // factor * factor
+        nearest = f"{below} or {below + factor}" if below else str(factor)
+        raise UserError(f"{name}: {value} is not a multiple of {factor}{why}; use {nearest}")
 
 
 def _is_union(hint: Any) -> bool:

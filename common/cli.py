@@ -1,17 +1,21 @@
-"""What both models' command lines share: parsing with hints, errors in one line, an orderly end on Ctrl-C."""
+"""What both models' command lines share: options, parsing with hints, errors in one line, an orderly end on Ctrl-C."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
 from common.checks import near_miss
 from common.errors import UserError
+from common.settings import PRESETS, SettingsFiles, method_name
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -53,6 +57,83 @@ class Parser(argparse.ArgumentParser):
             options = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
             raise UserError(f"unknown option {word!r}; {near_miss(word, options)}")
         return parsed
+
+
+class OptionGroups(NamedTuple):
+    """Where a model adds options of its own."""
+
+    what: argparse._ArgumentGroup
+    how: argparse._ArgumentGroup
+
+
+def add_run_options(parser: Parser, frames: str, model: str, without: str) -> OptionGroups:
+    """Add what every model's command understands; options that are left out keep what the YAML file says.
+
+    Args:
+        parser: to add to.
+        frames: which numbers of frames there can be.
+        model: what `--model` takes.
+        without: what `--no-compare` leaves out.
+    """
+    what = parser.add_argument_group("what to show")
+    what.add_argument("--prompt", metavar="TEXT", help="what the video shows")
+    what.add_argument("--image", metavar="FILE", help="picture that the video starts with")
+    what.add_argument("--video", metavar="FILE", help="video to continue; --num-frames counts its overlap")
+    what.add_argument("--num-frames", type=whole_number, metavar="N", help=f"frames of the whole video, {frames}")
+    what.add_argument("--height", type=whole_number, metavar="N", help="pixels, a multiple of 16")
+    what.add_argument("--width", type=whole_number, metavar="N", help="pixels, a multiple of 16")
+    what.add_argument("--seed", type=whole_number, metavar="N", help="seed of the noise")
+    how = parser.add_argument_group("how to make it")
+    how.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: slow)")
+    how.add_argument("--config", type=Path, metavar="FILE", help="YAML file of all settings, see configs/")
+    how.add_argument("--model", metavar="ID_OR_PATH", help=model)
+    how.add_argument("--steps", type=whole_number, metavar="N", help="denoising steps")
+    how.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting of the YAML file, such as cache.threshold=0.15; may be repeated",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for results (outputs/<time>-<model>-<method>)"
+    )
+    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    where.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16")
+    where.add_argument("--offload", metavar="HOW", help="none, model or group")
+    where.add_argument("--no-compare", action="store_true", help=f"only the method: {without}")
+    return OptionGroups(what, how)
+
+
+def generate_command(
+    parser: Parser, files: SettingsFiles, load_job: Callable[[], type], argv: Sequence[str] | None
+) -> int:
+    """Run a command that generates a video, and return its exit code.
+
+    Args:
+        parser: with the options of `add_run_options`, and others that are named as the settings they change.
+        files: where the settings come from.
+        load_job: imports the model's `Job`, late: a mistyped option is answered without waiting for its libraries.
+        argv: the command line; None takes that of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def main() -> None:
+        args = parser.parse_args(arguments)
+        options = _options(args, files)
+        settings, config = files.load(args.config, args.preset, args.model, options)
+        method = method_name(settings, config, args.preset, options)
+        command = shlex.join([*parser.prog.split(), *arguments])
+        load_job()(settings, method, config, args.output, command, compare=not args.no_compare).run()
+
+    return run_command(main)
+
+
+def _options(args: argparse.Namespace, files: SettingsFiles) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(files.settings)} - {"model"}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    return {**given, **dict(parse_assignment(text) for text in args.set)}
 
 
 def whole_number(text: str) -> int:

@@ -28,9 +28,10 @@ def stage_table(stages: list[Stage], tokens_total: int, title: str) -> Table:
     """The closing table: what each way of making the video computed, took, and cost in quality."""
     table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold", min_width=16)
-    for column in ("tokens", "share", "FLOPs", "time", "vs\nstock", "vs\nexact", "PSNR\ndB", "SSIM"):
-        table.add_column(column, justify="right", no_wrap=True)
     stock, exact = find_stage(stages, "stock"), find_stage(stages, "exact")
+    against_stock = () if stock is None else ("vs\nstock",)
+    for column in ("tokens", "share", "FLOPs", "time", *against_stock, "vs\nexact", "PSNR\ndB", "SSIM"):
+        table.add_column(column, justify="right", no_wrap=True)
     for stage in stages:
         estimated = "" if stage.measured_iterations is None else "≈"
         table.add_row(
@@ -39,7 +40,7 @@ def stage_table(stages: list[Stage], tokens_total: int, title: str) -> Table:
             f"{100 * stage.tokens_computed / tokens_total:.0f} %",
             scaled(stage.flops),
             f"{estimated}{stage.seconds:{'.0f' if stage.seconds >= 100 else '.1f'}} s",
-            _times(speedup(stage, stock)),
+            *(() if stock is None else (_times(speedup(stage, stock)),)),
             _times(speedup(stage, exact)),
             _number(stage.psnr_db, "{:.2f}"),
             _number(stage.ssim, "{:.4f}"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +69,11 @@ def resize_and_crop(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized[top : top + height, left : left + width]
 
 
+def fit_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`resize_and_crop` on each frame of `[frames, h, w, 3]` uint8."""
+    return np.stack([resize_and_crop(frame, height, width) for frame in frames])
+
+
 def to_uint8(frames: np.ndarray) -> np.ndarray:
     """Floats in [0, 1] to 0..255, rounded; uint8 stays as it is."""
     return frames if frames.dtype == np.uint8 else np.clip(frames * 255 + 0.5, 0, 255).astype(np.uint8)
@@ -100,6 +107,52 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
         for frame in np.ascontiguousarray(frames):
             writer.send(frame)
         writer.close()
+
+
+class GrowingVideo:
+    """A video file that is whole after each part that is added, so that it can be watched while the rest is made.
+
+    Parts are encoded one by one, kept in a hidden folder beside the file until `close`, and joined without encoding
+    them again; the joined file replaces the one before in one step.
+
+    Args:
+        path: ends in `.mp4`.
+        fps: frames per second.
+    """
+
+    def __init__(self, path: Path, fps: int) -> None:
+        self.path = path
+        self.fps = fps
+        self.frames = 0
+        """Frames that are in the file."""
+        self._parts: list[Path] = []
+        self._folder = path.with_name(f".parts-{path.stem}")
+
+    def append(self, frames: np.ndarray) -> None:
+        """Add frames at the end; form and size as for `write_video`."""
+        self._folder.mkdir(exist_ok=True)
+        part = self._folder / f"{len(self._parts) + 1:04d}.mp4"
+        write_video(part, frames, self.fps)
+        self._parts.append(part)
+        with atomic_path(self.path) as partial:
+            if len(self._parts) == 1:
+                shutil.copyfile(part, partial)
+            else:
+                _join(self._parts, partial)
+        self.frames += len(frames)
+
+    def close(self) -> None:
+        """Remove the parts; the file stays."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _join(parts: Sequence[Path], path: Path) -> None:
+    """Put MP4 files of the same encoder settings behind each other."""
+    listing = parts[0].with_name("parts.txt")
+    listing.write_text("".join(f"file '{part.name}'\n" for part in parts), encoding="utf-8")
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y"]
+    source = ["-f", "concat", "-i", str(listing)]
+    subprocess.run([*ffmpeg, *source, "-c", "copy", "-movflags", "+faststart", str(path)], check=True)
 
 
 def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[Sequence[str]]) -> np.ndarray:

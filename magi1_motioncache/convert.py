@@ -19,6 +19,7 @@ from magi1_motioncache.vae import AutoencoderViTMagi1
 TRANSFORMERS = "magi"
 AUTOENCODER = "vae"
 TEXT_ENCODER = "t5/t5-v1_1-xxl"
+TOKENS_FILE = "special_tokens.npz"
 
 
 def load_special_tokens(path: Path) -> SpecialTokens:
@@ -48,7 +49,7 @@ def load_published(
         root: the folder `ckpt`, holding `magi/<name>/`, `vae/` and `t5/t5-v1_1-xxl/`.
         of: the variant.
         name: its folder's name.
-        special_tokens: `special_tokens.npz`; without it captions get no special tokens.
+        special_tokens: `special_tokens.npz`; by default the one in `root`. Without any, captions get no such tokens.
         dtype: of the transformer.
 
     Raises:
@@ -57,6 +58,8 @@ def load_published(
     for part in (f"{TRANSFORMERS}/{name}", AUTOENCODER, TEXT_ENCODER):
         if not (root / part).is_dir():
             raise UserError(f"{root / part} is missing; give the folder that holds magi, vae and t5")
+    if special_tokens is None and (root / TOKENS_FILE).is_file():
+        special_tokens = root / TOKENS_FILE
     return Magi1Pipeline(
         tokenizer=AutoTokenizer.from_pretrained(root / TEXT_ENCODER),
         text_encoder=T5EncoderModel.from_pretrained(root / TEXT_ENCODER),
@@ -73,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("root", type=Path, help="folder that holds magi, vae and t5")
     parser.add_argument("variant", help=", ".join(VARIANTS))
     parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument("--special-tokens", type=Path, help="special_tokens.npz of the original code")
+    parser.add_argument("--special-tokens", type=Path, help="special_tokens.npz of the original code, if not in root")
     options = parser.parse_args(arguments)
     try:
         pipeline = load_published(options.root, variant(options.variant), options.variant, options.special_tokens)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.cache import Trace
 from magi1_motioncache.captions import NULL_TOKENS
 from magi1_motioncache.embeddings import SINUSOID_WIDTH
-from magi1_motioncache.plan import ChunkCall, Role, SamplingPlan
+from magi1_motioncache.plan import ChunkCall, Pass, Role, SamplingPlan
 from magi1_motioncache.transformer import PATCH
 
 
@@ -59,7 +60,7 @@ def forward_flops(
 
     Args:
         config: the transformer's.
-        tokens: queries: the chunk's tokens, or those of them that are computed.
+        tokens: queries: the chunk's tokens, or those of them that are computed; with 0 no layer runs.
         keys: keys attended to, own ones included.
         caption_tokens: tokens of the caption attended to.
         distilled: the step size is embedded too.
@@ -78,6 +79,7 @@ def forward_flops(
     ends = PATCH * PATCH * (config["in_channels"] + config["out_channels"]) * hidden
     times = (SINUSOID_WIDTH * condition + condition * condition) * (2 if distilled else 1)
     captions = config["caption_channels"] * (caption_tokens * text + condition)
+    layers = layers if tokens else 0
     gates = layers * condition * 2 * hidden
     return Flops(
         linear=2 * layers * tokens * per_token,
@@ -101,6 +103,24 @@ def call_flops(
     """
     caption = text_tokens if call.uses_text else NULL_TOKENS
     return forward_flops(config, chunk_tokens, call.kv_chunks * chunk_tokens, caption, distilled)
+
+
+def trace_flops(config: Mapping[str, Any], trace: Trace, text_tokens: int, distilled: bool) -> int:
+    """Operations of what a trace records, all that is forwarded.
+
+    Args:
+        config: the transformer's.
+        trace: of a cached or exact run.
+        text_tokens: tokens of the prompt's caption, special tokens included.
+        distilled: whether the step size is embedded.
+    """
+    with_text = (Pass.TEXT.value, Role.NEAR.value)
+    total = 0
+    for record in trace.records:
+        caption = text_tokens if record.role == "denoise" and record.branch in with_text else NULL_TOKENS
+        flops = forward_flops(config, record.tokens, record.kv_tokens, caption, distilled, record.tokens_total)
+        total += flops.total
+    return total
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,17 @@ class Magi1Pipeline(DiffusionPipeline):
         special_tokens: learned caption tokens; None to do without.
         sampling: sampling options of this checkpoint (`SamplingConfig` as a dict); its defaults where missing.
 
+    Attributes:
+        denoiser: makes what answers the forwards of a video; `apply_motioncache` puts a caching one here.
+
     Example:
         >>> pipe = Magi1Pipeline.from_pretrained("path/to/magi1", dtype=torch.bfloat16).to("cuda")
         >>> video = pipe("a serene lake at dawn", height=720, width=720, num_frames=96).frames[0]
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer"
+    # The autoencoder is small and runs between the chunks: it would push the transformer off the device each time.
+    _exclude_from_cpu_offload = ["vae", "special_tokens"]  # noqa: RUF012
     _optional_components = ["tokenizer", "text_encoder", "special_tokens"]  # noqa: RUF012
 
     def __init__(
@@ -99,6 +104,7 @@ class Magi1Pipeline(DiffusionPipeline):
         )
         self.sampling = SamplingConfig.from_dict(sampling or {})
         self.register_to_config(sampling=self.sampling.to_dict())
+        self.denoiser: DenoiserFactory = ExactDenoiser
         self.video_processor = VideoProcessor(vae_scale_factor=vae.patch[-1])
 
     def encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -109,7 +115,8 @@ class Magi1Pipeline(DiffusionPipeline):
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise UserError("this pipeline has no text encoder; pass prompt_features and prompt_mask")
-        return encode_prompt(prompt, self.tokenizer, self.text_encoder, self.transformer.config.caption_max_length)
+        length = self.transformer.config.caption_max_length
+        return encode_prompt(prompt, self.tokenizer, self.text_encoder, length, self._execution_device)
 
     @torch.no_grad()
     def encode_video(self, frames: Tensor, sampling: SamplingConfig | None = None) -> Tensor:
@@ -154,8 +161,9 @@ class Magi1Pipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         prompt_features: Tensor | None = None,
         prompt_mask: Tensor | None = None,
-        denoiser: DenoiserFactory = ExactDenoiser,
+        denoiser: DenoiserFactory | None = None,
         decode: bool = True,
+        on_iteration: Callable[[], None] | None = None,
     ) -> Iterator[VideoChunk]:
         """Generate a video chunk by chunk.
 
@@ -171,8 +179,10 @@ class Magi1Pipeline(DiffusionPipeline):
             generator: source of the noise.
             latents: `[1, channels, latent frames, height / 8, width / 8]` initial noise instead.
             prompt_features, prompt_mask: `[tokens, channels]` and `[tokens]` instead of a prompt.
-            denoiser: makes what answers the forwards from transformer, captions and plan.
+            denoiser: makes what answers the forwards from transformer, captions and plan; the pipeline's own by
+                default.
             decode: whether to run the autoencoder.
+            on_iteration: called after each iteration.
 
         Yields:
             Each chunk as soon as it is finished, in order.
@@ -207,8 +217,9 @@ class Magi1Pipeline(DiffusionPipeline):
             special_tokens,
         )
         sampler = Magi1Sampler(plan, latents.to(device), prefix)
+        answers = (denoiser or self.denoiser)(self.transformer, captions, plan)
         with self.progress_bar(total=plan.num_chunks - plan.offset) as progress:
-            for chunk in sampler.run(denoiser(self.transformer, captions, plan)):
+            for chunk in sampler.run(answers, on_iteration):
                 frames = self.decode_latents(chunk.latents, sampling) if decode else None
                 progress.update()
                 yield VideoChunk(chunk.index, chunk.latents, frames)

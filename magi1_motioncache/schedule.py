@@ -41,6 +41,15 @@ def timesteps(num_steps: int, shortcut_mode: str = "8,16,16", transform: str = "
         even = (offsets + quarters.unsqueeze(-1)).flatten()[: num_steps + 1]
     else:
         even = torch.linspace(0, 1, num_steps + 1)
+    return transformed(even, transform)
+
+
+def transformed(even: Tensor, transform: str = "sd3") -> Tensor:
+    """Times in [0, 1] at even places in [0, 1] of a schedule; `transform` as in `timesteps`.
+
+    Raises:
+        UserError: unknown `transform`.
+    """
     if transform == "identity":
         return even
     if transform == "square":

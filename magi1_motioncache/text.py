@@ -11,7 +11,11 @@ from magi1_motioncache.caption_cleaning import clean_caption
 
 @torch.no_grad()
 def encode_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, encoder: T5EncoderModel, length: int
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: T5EncoderModel,
+    length: int,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clean, tokenize and encode a prompt.
 
@@ -19,9 +23,10 @@ def encode_prompt(
         prompt: any text; an empty one gives the features of the end token.
         tokenizer, encoder: T5 v1.1.
         length: tokens to pad or cut to.
+        device: where the encoder computes; by default where its weights are, which is wrong when they are offloaded.
 
     Returns:
-        Features `[length, channels]` fp32 and mask `[length]` int64, on the encoder's device.
+        Features `[length, channels]` fp32 and mask `[length]` int64, on that device.
     """
     tokens = tokenizer(
         [clean_caption(prompt)],
@@ -30,6 +35,6 @@ def encode_prompt(
         truncation=True,
         return_attention_mask=True,
         return_tensors="pt",
-    ).to(encoder.device)
+    ).to(device or encoder.device)
     hidden = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     return hidden[0].float(), tokens.attention_mask[0]

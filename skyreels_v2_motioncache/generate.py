@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,31 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.video import resize_and_crop
+from common import generator
+from common.cache import MotionCacheConfig, Trace
+from common.devices import synchronize
+from common.generator import Denoised, OnFrames, OnIteration
+from common.video import fit_frames
+from skyreels_v2_motioncache.adapter import MotionCacheHandle, apply_motioncache, remove_motioncache
 from skyreels_v2_motioncache.cost import model_cost
 from skyreels_v2_motioncache.settings import RunSettings
+from skyreels_v2_motioncache.stock import StockReference
 from skyreels_v2_motioncache.windows import Window
 
-OnIteration = Callable[[], None]
 
-
-@dataclass(frozen=True)
-class Denoised:
-    """Latents `[1, channels, frames, height, width]` float32, and how long their denoising took.
-
-    Attributes:
-        iteration_seconds: end of each iteration, counted from the first call of the transformer.
-    """
-
-    latents: Tensor
-    iteration_seconds: list[float]
-
-    @property
-    def seconds(self) -> float:
-        return self.iteration_seconds[-1]
-
-
-class Generator:
+class Generator(generator.Generator):
     """One video's inputs, prepared once, so that runs of the pipeline differ in nothing but how they compute.
 
     Args:
@@ -57,10 +42,26 @@ class Generator:
         video: np.ndarray | None = None,
     ) -> None:
         self.pipe, self.settings, self.windows = pipe, settings, windows
-        self.given_video = None if video is None else self._fitted(video)
-        self.given_image = None if image is None else self._fitted(image[None])[0]
+        size = settings.height, settings.width
+        self.given_video = None if video is None else fit_frames(video, *size)
+        self.given_image = None if image is None else fit_frames(image[None], *size)[0]
+        self.has_prefix = any(window.prefix for window in windows)
         self.iterations = [self._count_iterations(window) for window in windows]
+        self.stock = None if settings.stock == "none" else StockReference(pipe, settings, windows, self.iterations)
         self._first_frame: Tensor | None = None
+
+    @property
+    def total_iterations(self) -> int:
+        """Iterations of all windows."""
+        return sum(self.iterations)
+
+    def attach(self, config: MotionCacheConfig, keep_maps: bool) -> MotionCacheHandle:
+        """Put the cache into the pipeline, until `detach`."""
+        return apply_motioncache(self.pipe, config, prefix_noise=self.settings.prefix_noise, keep_maps=keep_maps)
+
+    def detach(self) -> None:
+        """Take the cache out again."""
+        remove_motioncache(self.pipe)
 
     @torch.no_grad()
     def encode(self) -> None:
@@ -74,19 +75,13 @@ class Generator:
             pixels = pixels.to(self.pipe._execution_device, self.pipe.vae.dtype).unsqueeze(2)
             self._first_frame = self._normalised(self.pipe.vae.encode(pixels).latent_dist.mode())
 
-    def unknown_words(self) -> list[str]:
-        """Words of the prompt that the model's tokenizer has no token for, in order."""
-        tokenizer = self.pipe.tokenizer
-        words = re.findall(r"\w+", self.settings.prompt)
-        return [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False).input_ids]
-
-    def run(self, on_iteration: OnIteration | None = None, stop_after: int | None = None) -> Denoised:
-        """Denoise the video once.
-
-        Args:
-            on_iteration: called after each iteration.
-            stop_after: end after so many iterations; the latents are then noise still.
-        """
+    def run(
+        self,
+        on_iteration: OnIteration | None = None,
+        stop_after: int | None = None,
+        on_frames: OnFrames | None = None,
+    ) -> Denoised:
+        """Denoise the video once (see the base class); its autoencoder decodes whole videos, after the last step."""
         s, pipe = self.settings, self.pipe
         torch.manual_seed(s.seed)  # the pipelines draw the noise on given frames without a generator
         began: list[float] = []
@@ -94,14 +89,14 @@ class Generator:
 
         def start_clock(*_: Any) -> None:
             if not began:
-                _synchronize(pipe._execution_device)
+                synchronize(pipe._execution_device)
                 began.append(time.perf_counter())
 
         def after_iteration(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if self._first_frame is not None and len(ends) < self.iterations[0]:
                 # The stock pipeline updates an image's frame with the rest of its chunk: put it back.
                 tensors["latents"][:, :, :1] = self._first_frame
-            _synchronize(pipe._execution_device)
+            synchronize(pipe._execution_device)
             ends.append(time.perf_counter() - began[0])
             pipe._interrupt = stop_after is not None and len(ends) >= stop_after
             if on_iteration is not None:
@@ -151,41 +146,17 @@ class Generator:
         given = self.given_video.astype(frames.dtype) / 255
         return np.concatenate([given, frames[self.settings.overlap_history :]])
 
-    def stock_seconds(self, measured: Denoised) -> float:
-        """Denoising time of the whole stock pipeline, from its first iterations without the very first.
+    def chunk_frames(self, frames: np.ndarray, window: int, chunk: int) -> np.ndarray:
+        """One decoded frame for each latent frame of a chunk (see the base class)."""
+        plan = self.windows[window]
+        block = self.settings.causal_block_size if self.settings.causal_block_size > 1 else plan.frames
+        factor = self.pipe.vae_scale_factor_temporal
+        first = plan.start + chunk * block
+        return frames[[latent_to_frame(first + i, factor) for i in range(block)]]
 
-        Every iteration of a window costs the stock pipeline the same, and windows cost as their tokens and the squares
-        of them: it computes all pairs of tokens and masks some.
-        """
-        ends = measured.iteration_seconds
-        each = (ends[-1] - ends[0]) / (len(ends) - 1)
-        cost = model_cost(self.pipe.transformer, self.settings.max_sequence_length)
-        first, *_ = sizes = [cost.blocks(self._tokens(w), self._tokens(w)) for w in self.windows]
-        return sum(each * n * size / first for n, size in zip(self.iterations, sizes, strict=True))
-
-    def stock_flops(self) -> float:
-        """Matrix products of the stock pipeline, attention counted on the block-causal area."""
-        cost = model_cost(self.pipe.transformer, self.settings.max_sequence_length)
-        flops = 0.0
-        for window, iterations in zip(self.windows, self.iterations, strict=True):
-            block = self.settings.causal_block_size
-            chunks = window.frames // block if block > 1 else 1
-            flops += iterations * self._branches * cost.window_forward(chunks, self._tokens(window) // chunks)
-        return flops
-
-    def stock_tokens(self) -> int:
-        """Tokens that go through the stock block stack: all of a window, at every iteration and branch."""
-        pairs = zip(self.windows, self.iterations, strict=True)
-        return sum(n * self._branches * self._tokens(window) for window, n in pairs)
-
-    @property
-    def _branches(self) -> int:
-        return 2 if self.settings.guided else 1
-
-    def _tokens(self, window: Window) -> int:
-        _, rows, columns = self.pipe.transformer.config.patch_size
-        factor = self.pipe.vae_scale_factor_spatial
-        return window.frames * (self.settings.height // factor // rows) * (self.settings.width // factor // columns)
+    def trace_flops(self, trace: Trace) -> float:
+        """Matrix products of what a trace records."""
+        return model_cost(self.pipe.transformer, self.settings.max_sequence_length).trace_flops(trace)
 
     def _count_iterations(self, window: Window) -> int:
         s = self.settings
@@ -202,9 +173,6 @@ class Generator:
             return {"image": Image.fromarray(self.given_image)}
         return {}
 
-    def _fitted(self, frames: np.ndarray) -> np.ndarray:
-        return np.stack([resize_and_crop(frame, self.settings.height, self.settings.width) for frame in frames])
-
     def _normalised(self, latents: Tensor) -> Tensor:
         mean, std = _statistics(self.pipe.vae, latents)
         return (latents.float() - mean) / std
@@ -219,6 +187,6 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float().view(shape), std.float().view(shape)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def latent_to_frame(latent: int, temporal_factor: int) -> int:
+    """A video frame in the middle of those that a latent frame decodes to."""
+    return 0 if latent == 0 else (latent - 1) * temporal_factor + 1 + temporal_factor // 2

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
-from common.checks import nearest_multiples
+from common.checks import check_multiple
 from common.errors import UserError
+from common.settings import check_overlap
 from skyreels_v2_motioncache.checkpoint import Architecture
 from skyreels_v2_motioncache.settings import RunSettings
 from skyreels_v2_motioncache.windows import Window, latent_frames, plan_windows, video_frames
@@ -46,22 +47,14 @@ def check_given_video(settings: RunSettings, video: np.ndarray | None, factor: i
     Raises:
         UserError: it has fewer frames than `overlap_history`.
     """
-    if video is None or len(video) >= settings.overlap_history:
-        return
-    shortest = _blocks(settings, 1, factor)
-    shorter = f", or --set overlap_history={shortest}" if shortest <= len(video) else ""
-    raise UserError(
-        f"video {settings.video!r} has {len(video)} frames, fewer than the {settings.overlap_history} that are taken "
-        f"over from it; give a longer one{shorter}"
-    )
+    if video is not None:
+        check_overlap(settings, len(video), shortest=_blocks(settings, 1, factor))
 
 
 def _check_picture(settings: RunSettings, architecture: Architecture) -> None:
     rows, columns = architecture.patch
     for name, value, patch in (("height", settings.height, rows), ("width", settings.width, columns)):
-        factor = math.lcm(PIPELINE_MULTIPLE, architecture.spatial_factor * patch)
-        if value % factor:
-            raise UserError(f"{name}: {value} is not a multiple of {factor}; use {nearest_multiples(value, factor)}")
+        check_multiple(name, value, math.lcm(PIPELINE_MULTIPLE, architecture.spatial_factor * patch))
 
 
 def _check_counts(settings: RunSettings, factor: int) -> None:

@@ -78,3 +78,13 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny-random"
     make_tiny_pipeline().save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def magi_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MAGI-1 checkpoint folder with random weights. Copy it before changing anything."""
+    from magi_random import make_magi_pipeline
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "magi-random"
+    make_magi_pipeline().save_pretrained(str(folder))
+    return folder

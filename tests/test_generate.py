@@ -4,7 +4,8 @@ import pytest
 import torch
 from skyreels_random import LONG, random_pipeline
 
-from skyreels_v2_motioncache.generate import Denoised, Generator
+from common.generator import Denoised
+from skyreels_v2_motioncache.generate import Generator
 from skyreels_v2_motioncache.settings import RunSettings
 from skyreels_v2_motioncache.windows import plan_windows
 
@@ -26,11 +27,11 @@ def test_stock_time_is_scaled_up_without_the_first_iteration():
     single = generator()
     measured = Denoised(torch.zeros(1), [9.0, 10.0, 11.0])
     assert single.iterations == [8 + 3 * 2]
-    assert single.stock_seconds(measured) == pytest.approx(14.0)
+    assert single.stock.seconds(measured) == pytest.approx(14.0)
 
 
 def test_windows_of_one_size_cost_the_same_per_iteration():
     long = generator(**LONG)
     assert len(long.iterations) == 3
-    assert long.stock_seconds(Denoised(torch.zeros(1), [1.0, 3.0])) == pytest.approx(2.0 * sum(long.iterations))
-    assert long.stock_tokens() == 2 * sum(long.iterations) * 8 * 4 * 6
+    assert long.stock.seconds(Denoised(torch.zeros(1), [1.0, 3.0])) == pytest.approx(2.0 * sum(long.iterations))
+    assert long.stock.tokens == 2 * sum(long.iterations) * 8 * 4 * 6

@@ -16,8 +16,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from common.errors import UserError
-from magi1_motioncache import convert
+from common.settings import CONFIGS
+from magi1_motioncache import cli, convert
 from magi1_motioncache.checkpoint import load_transformer, read_tensors, weights_folder
+from magi1_motioncache.folders import inspect_checkpoint
 from magi1_motioncache.fp8 import dequantise
 from magi1_motioncache.pipeline import Magi1Pipeline
 from magi1_motioncache.presets import VARIANTS
@@ -219,6 +221,22 @@ def test_published_folder_faults(tmp_path, published, capsys):
         convert.main([str(published), "9B", str(tmp_path / "out")])
     assert exit_code.value.code == 2
     assert "unknown MAGI-1 variant '9B'" in capsys.readouterr().err
+
+
+def test_the_command_opens_a_published_folder(tmp_path, published, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "4.5B_distill", PLAIN)
+    size = ["--height", "32", "--width", "32", "--num-frames", "24", "--steps", "4", "--no-compare"]
+    arguments = ["--config", str(CONFIGS / "magi1_4.5b_distill_slow.yaml"), *size, "--prompt", "lake"]
+    model = ["--model", str(published / "magi" / "4.5B_distill")]
+    assert cli.main([*arguments, *model]) == 2, "the config asks for special tokens and there are none"
+    (tmp_path / "special_tokens.npz").rename(published / "special_tokens.npz")
+    assert cli.main([*arguments, *model, "--output", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["mode"] == "t2v" and summary["flops"] > 0
+    (shard, *_) = sorted((published / "magi" / "4.5B_distill" / PLAIN.weights).glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is truncated"):
+        inspect_checkpoint(published / "magi" / "4.5B_distill")
 
 
 def test_published_autoencoder_config_loads_without_complaint(published, caplog):

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from magi1_motioncache.flops import forward_flops, plan_flops
+from common.cache import Record, Trace
+from magi1_motioncache.flops import forward_flops, plan_flops, trace_flops
 from magi1_motioncache.kv_cache import ChunkKVCache, ChunkKVView
 from magi1_motioncache.plan import Role, SamplingPlan
 from magi1_motioncache.presets import VARIANTS
@@ -64,3 +65,23 @@ def test_fewer_tokens_cost_less(config):
     half = forward_flops(config, 6075, 24300, CAPTION, True, context_tokens=12150)
     assert half.blocks * 2 == full.blocks
     assert half.embedders == full.embedders
+
+
+def test_a_trace_in_which_all_is_computed_costs_what_its_plan_does(config):
+    sampling = VARIANTS["4.5B_distill"].sampling.replace(num_steps=8)
+    plan = SamplingPlan.for_frames(sampling, 72)
+    tokens = 6 * 4 * 4
+    trace = Trace()
+    for calls in plan.iterations():
+        for call in calls:
+            role = "refresh" if call.role is Role.CLEAN else "denoise"
+            branch = "near" if call.role is Role.NEAR else "text"
+            trace.records.append(
+                Record(0, 0, call.chunk, branch, call.step, role, "full", tokens, tokens, call.kv_chunks * tokens)
+            )
+    whole = plan_flops(config, plan, 64, 64, CAPTION).count(lambda f: f.total)
+    assert trace_flops(config, trace, CAPTION, True) == whole
+    for record in trace.records:
+        record.tokens = 0
+    ends = sum(forward_flops(config, 0, 0, 0, True, tokens).total for _ in trace.records)
+    assert ends < trace_flops(config, trace, CAPTION, True) < 0.01 * whole

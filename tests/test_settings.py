@@ -7,18 +7,20 @@ import pytest
 import torch
 import yaml
 
-from common.cache.config import SKYREELS_1_3B_POLYNOMIAL
+from common.devices import check_offload, resolve_device, resolve_dtype
 from common.errors import UserError
+from common.settings import CONFIGS, method_name
 from skyreels_v2_motioncache.checkpoint import Architecture, find_checkpoint, inspect_checkpoint
-from skyreels_v2_motioncache.loading import check_offload, load_pipeline, resolve_device, resolve_dtype
+from skyreels_v2_motioncache.loading import load_pipeline
+from skyreels_v2_motioncache.polynomial import POLYNOMIALS
 from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC
-from skyreels_v2_motioncache.settings import CONFIGS, RunSettings, from_dict, load_settings, method_name
+from skyreels_v2_motioncache.settings import RunSettings, load_settings
 from skyreels_v2_motioncache.validate import check_given_video, check_shapes
 from skyreels_v2_motioncache.windows import Window, plan_windows, video_frames
 
 REAL = Architecture(temporal_factor=4, spatial_factor=8, patch=(2, 2))
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
-SKYREELS = [path for path in SHIPPED if path.name.startswith(("skyreels", "tiny"))]
+SKYREELS = [path for path in SHIPPED if path.name.startswith("skyreels")]
 
 # As TeaCache published it.
 POLYNOMIAL_14B = (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1)
@@ -36,7 +38,7 @@ def settings(**changes) -> RunSettings:
 @pytest.mark.parametrize("path", SKYREELS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_fit_their_model(path):
     loaded, used = load_settings(path)
-    factor = 4 if path.name.startswith("tiny") else 8
+    factor = 4 if "tiny" in path.name else 8
     check_shapes(loaded, Architecture(4, factor, (2, 2)))
     assert used == path
     assert loaded.cache.method == ("exact" if path.stem.endswith("exact") else "motioncache")
@@ -54,7 +56,7 @@ def test_presets_of_a_model_differ_in_the_cache_alone(size):
     runs = [load_settings(CONFIGS / f"skyreels_v2_{size}_{preset}.yaml")[0] for preset in ("exact", "slow", "fast")]
     same = [dataclasses.replace(run, cache=runs[0].cache) for run in runs]
     assert same[0] == same[1] == same[2]
-    polynomial = SKYREELS_1_3B_POLYNOMIAL if size.startswith("1.3b") else POLYNOMIAL_14B
+    polynomial = POLYNOMIALS[1536, 30] if size.startswith("1.3b") else POLYNOMIAL_14B
     assert runs[1].cache.polynomial == runs[2].cache.polynomial == polynomial
     assert (runs[1].cache.threshold, runs[2].cache.threshold) == (0.1, 0.15)
     assert runs[1].cache == runs[2].cache.replace(threshold=0.1)
@@ -73,7 +75,7 @@ def test_the_published_run():
 
 def test_default_is_the_tiny_model_slow():
     run, path = load_settings()
-    assert path == CONFIGS / "tiny_slow.yaml"
+    assert path == CONFIGS / "skyreels_v2_tiny_slow.yaml"
     assert method_name(run, path, None, {}) == "motioncache-slow"
 
 
@@ -94,7 +96,7 @@ def test_a_preset_takes_the_cache_of_the_configs_sibling():
 
 def test_a_preset_without_a_sibling_is_refused(tmp_path):
     path = tmp_path / "mine_slow.yaml"
-    shutil.copy(CONFIGS / "tiny_slow.yaml", path)
+    shutil.copy(CONFIGS / "skyreels_v2_tiny_slow.yaml", path)
     with pytest.raises(UserError, match=r"preset 'fast'.*'mine_fast.yaml'"):
         load_settings(path, preset="fast")
 
@@ -108,7 +110,7 @@ def test_options_win_over_the_file():
 
 def test_settings_survive_yaml():
     run = settings(stock=3)
-    assert from_dict(yaml.safe_load(yaml.safe_dump(run.to_dict()))) == run
+    assert RunSettings.from_dict(yaml.safe_load(yaml.safe_dump(run.to_dict()))) == run
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_settings_survive_yaml():
 )
 def test_wrong_settings_are_named(changes, message):
     with pytest.raises(UserError) as error:
-        from_dict({"model": "m", "prompt": "p", **changes})
+        RunSettings.from_dict({"model": "m", "prompt": "p", **changes})
     assert message in str(error.value)
 
 
@@ -139,7 +141,7 @@ def test_a_config_needs_a_model_and_a_prompt(name):
     values = {"model": "m", "prompt": "p"}
     del values[name]
     with pytest.raises(UserError, match=f"names no {name}"):
-        from_dict(values)
+        RunSettings.from_dict(values)
 
 
 def test_unknown_preset_gets_a_hint():

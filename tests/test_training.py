@@ -6,10 +6,13 @@ import pytest
 import torch
 from diffusers import SkyReelsV2DiffusionForcingPipeline
 from torch import nn
+from transformers import UMT5EncoderModel
 
-from training import forcing, muon, procedural, skyreels, text, trainer, vae
+from training import forcing, muon, procedural, skyreels, text, trainer, wan_codec
+from training.codec import ReconstructionTask
 from training.export import export_skyreels
 from training.latents import LatentPool, encode_shard
+from training.wan_codec import WanCodec
 
 CHANNELS = 16
 
@@ -123,8 +126,8 @@ def test_training_learns_logs_and_resumes(tmp_path):
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     torch.manual_seed(0)
-    folder, model = tmp_path_factory.mktemp("pool"), vae.build_vae()
-    encode_shard(model, folder, 0, clips=2, frames=21, size=32)
+    folder = tmp_path_factory.mktemp("pool")
+    encode_shard(WanCodec(wan_codec.build_vae()), folder, 0, clips=2, frames=21, size=32)
     return folder
 
 
@@ -132,7 +135,7 @@ def test_pool_gives_windows_of_the_encoded_clips(pool):
     latents = LatentPool(pool, 32)
     assert latents.refresh() == 2
     windows, captions, later = latents.sample(16, 3, 0.5, torch.Generator().manual_seed(0))
-    assert windows.shape == (16, vae.Z_DIM, 3, 8, 8) and windows.dtype == torch.float32
+    assert windows.shape == (16, wan_codec.Z_DIM, 3, 8, 8) and windows.dtype == torch.float32
     assert 0 < later.sum() < 16
     stored = torch.load(pool / "32" / "0000.pt", weights_only=True)
     for window, caption, is_later in zip(windows, captions, later, strict=True):
@@ -141,8 +144,20 @@ def test_pool_gives_windows_of_the_encoded_clips(pool):
         assert any(matches) and matches[0] == (not is_later)
 
 
+def test_aligned_windows_begin_where_a_chunk_does(pool):
+    clip = torch.load(pool / "32" / "0000.pt", weights_only=True)["latents"][:, 0, :, 0, 0]
+    windows, _, later = LatentPool(pool, 32).sample(32, 2, 0.5, torch.Generator().manual_seed(0), stride=2)
+    starts = {
+        start
+        for window in windows[later]
+        for start in range(5)
+        if any(torch.equal(window[0, :, 0, 0], latents[start : start + 2].float()) for latents in clip)
+    }
+    assert starts == {2, 4}
+
+
 def test_loss_has_gradients_everywhere(pool, monkeypatch):
-    task = skyreels.SkyReelsTask(vae.Z_DIM, pool, tokens=96, small_share=1.0)
+    task = skyreels.SkyReelsTask(wan_codec.Z_DIM, pool, tokens=96, small_share=1.0)
     task.pools[64] = LatentPool(pool, 32)
     monkeypatch.setattr(skyreels, "CAPTION_DROPOUT", 0.0)
     nn.init.normal_(task.model["transformer"].proj_out.weight, std=0.02)
@@ -151,21 +166,34 @@ def test_loss_has_gradients_everywhere(pool, monkeypatch):
     assert not silent
 
 
-def test_vae_reconstructs_after_overfitting_one_colour():
+def test_reconstruction_reaches_the_ends_and_the_decoder_alone_leaves_the_encoder():
     torch.manual_seed(0)
-    task = vae.VaeTask()
+    task = ReconstructionTask(WanCodec.build())
     loss = task.loss(1, 0.0, 0, 1)
     loss.backward()
     assert loss.isfinite()
     assert task.model.decoder.conv_out.weight.grad.abs().max() > 0
-    frozen = vae.DecoderTask(task.model)
+    frozen = ReconstructionTask(task.codec, decoder_only=True)
+    assert frozen.kl_weight == 0
     assert not any(p.requires_grad for p in frozen.model.encoder.parameters())
+    assert frozen.model.decoder.conv_out.weight.requires_grad
+
+
+def test_measured_latents_are_normalised():
+    torch.manual_seed(0)
+    codec = WanCodec(wan_codec.build_vae())
+    codec.measure(clips=2, frames=5, size=32)
+    latents = codec.encode(wan_codec.pixels("vae", [0, 1], 5, 32)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(codec.channels), atol=1e-2, rtol=0)
+    torch.testing.assert_close(latents.std(1), torch.ones(codec.channels), atol=1e-2, rtol=0)
 
 
 def test_export_is_a_pipeline_the_library_loads(tmp_path, transformer):
     tokenizer = text.build_tokenizer()
-    model = nn.ModuleDict({"transformer": transformer, "text_encoder": text.build_text_encoder(len(tokenizer))})
-    export_skyreels(tmp_path, model, tokenizer, vae.build_vae())
+    model = nn.ModuleDict(
+        {"transformer": transformer, "text_encoder": text.build_text_encoder(UMT5EncoderModel, len(tokenizer))}
+    )
+    export_skyreels(tmp_path, model, tokenizer, wan_codec.build_vae())
     pipeline = SkyReelsV2DiffusionForcingPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.vae_scale_factor_spatial == pipeline.vae_scale_factor_temporal == 4

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -95,3 +96,19 @@ def test_long_labels_fit_their_pane():
     bar = video.label_bar(["motioncache-t0.1-a0.6-k6-w5-input-residual_change"], 300)
     assert bar[:, -6:].max() == 24, "text runs over the edge"
     assert bar.max() > 200
+
+
+def test_a_growing_video_is_whole_after_each_part(tmp_path, clip):
+    """Every frame is there once, in order, and no frame changes when more come."""
+    growing, shown = video.GrowingVideo(tmp_path / "clip.mp4", fps=16), clip[:0]
+    for part in (clip[:4], clip[4:5], clip[5:]):
+        growing.append(part)
+        before, shown = shown, video.read_video(tmp_path / "clip.mp4")
+        assert len(shown) == growing.frames
+        np.testing.assert_array_equal(shown[: len(before)], before)
+    assert np.abs(shown.astype(int) - clip).mean() < 4
+    capture = cv2.VideoCapture(str(tmp_path / "clip.mp4"))
+    times = [capture.get(cv2.CAP_PROP_POS_MSEC) for _ in clip if capture.read()[0]]
+    np.testing.assert_allclose(np.diff(times), 1000 / 16, atol=0.1)
+    growing.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
