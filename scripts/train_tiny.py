@@ -27,14 +27,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(family.FAMILIES), default="skyreels")
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--minutes", type=float, default=75, help="training time of the generator")
-    parser.add_argument("--vae-minutes", type=float, default=20, help="training time of the autoencoder")
-    parser.add_argument("--decoder-minutes", type=float, default=30, help="further training of its decoder alone")
+    parser.add_argument("--vae-minutes", type=float, help="training time of the autoencoder; default the model's own")
+    parser.add_argument("--decoder-minutes", type=float, help="further training of its decoder alone; 0 for none")
     parser.add_argument("--clips", type=int, default=2048, help="encoded clips of each size")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="sizes to encode, in pixels")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="sizes of clips to encode, in pixels")
     parser.add_argument("--processes", type=int, default=3, help="single-threaded processes (CPU only)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=Path("outputs/train"), help="checkpoints, encoded clips, logs")
-    parser.add_argument("--output", type=Path, help="pipeline folder; default assets/<name of the model>")
+    parser.add_argument("--output", type=Path, help="pipeline folder; default the model's own in assets/")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -42,15 +42,20 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for name in ("minutes", "vae_minutes", "decoder_minutes", "clips", "processes"):
-        if getattr(args, name) <= 0:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} is {getattr(args, name)}: give a number above 0")
+    kind = family.FAMILIES[args.model]
+    vae_minutes = kind.codec_minutes if args.vae_minutes is None else args.vae_minutes
+    decoder_minutes = kind.decoder_minutes if args.decoder_minutes is None else args.decoder_minutes
+    positive = {"minutes": args.minutes, "vae-minutes": vae_minutes, "clips": args.clips, "processes": args.processes}
+    for name, value in positive.items():
+        if value <= 0:
+            raise UserError(f"--{name} is {value}: give a number above 0")
+    if decoder_minutes < 0:
+        raise UserError(f"--decoder-minutes is {decoder_minutes}: give a number above 0, or 0 for none")
     cuda = args.device.startswith("cuda")
     run = family.Run(
         args.model,
         args.work,
-        args.output or Path("assets") / f"{args.model}-v2-tiny",
+        args.output or Path("assets") / kind.asset,
         processes=1 if cuda else args.processes,
         device=args.device,
         seed=args.seed,
@@ -59,17 +64,25 @@ def main() -> None:
     if "vae" in stages:
         family.train_vae(
             run,
-            TrainConfig(args.vae_minutes, 2e-3, weight_decay=0.0, ema_decay=0.99, checkpoint_minutes=2.5, muon=True),
+            TrainConfig(
+                vae_minutes,
+                kind.codec_learning_rate,
+                weight_decay=0.0,
+                ema_decay=0.99,
+                checkpoint_minutes=2.5,
+                muon=True,
+            ),
         )
     if "latents" in stages:
         for size in args.sizes:
-            family.encode_pool(run, size, frames=45 if size == 64 else 61, clips=args.clips)
+            family.encode_pool(run, size, clips=args.clips)
     if "generator" in stages:
         family.train_generator(
             run, TrainConfig(args.minutes, 2e-3, flat=0.35, ema_decay=0.995, muon=True, autocast=cuda)
         )
-    if "decoder" in stages:
-        family.train_decoder(run, TrainConfig(args.decoder_minutes, 5e-4, weight_decay=0.0, ema_decay=0.99, muon=True))
+    if "decoder" in stages and decoder_minutes:
+        rate = kind.codec_learning_rate / 4
+        family.train_decoder(run, TrainConfig(decoder_minutes, rate, weight_decay=0.0, ema_decay=0.99, muon=True))
     if "export" in stages:
         family.export_generator(run)
 

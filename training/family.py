@@ -3,20 +3,24 @@
 Another model joins by adding a `Family` to `FAMILIES`: its autoencoder, its task, its export; the stages stay the same.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import nn
 
 from common.errors import UserError
 from training import export, latents, parallel
-from training import vae as autoencoder
+from training.codec import Codec, ReconstructionTask, reconstruction_psnr
+from training.generator import GeneratorTask
+from training.magi import SAMPLING, Magi1Task
 from training.skyreels import SkyReelsTask
-from training.trainer import Task, TrainConfig, train
+from training.trainer import TrainConfig, train
+from training.vit_codec import ViTCodec
+from training.wan_codec import WanCodec
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +29,41 @@ logger = logging.getLogger(__name__)
 class Family:
     """What makes one model different from another, for the stages."""
 
-    vae_task: Callable[[str], Task]
-    task: Callable[[nn.Module, Path, str], Task]
-    export: Callable[[Path, Task, nn.Module, nn.Module], None]
+    asset: str
+    """Name of its folder in `assets/`."""
+    codec: type[Codec]
+    codec_learning_rate: float
+    codec_minutes: float
+    decoder_minutes: float
+    """How long its autoencoder is trained, and then the decoder alone, if nothing else is asked for."""
+    frames: dict[int, int]
+    """Frames to encode of clips of each size in pixels."""
+    task: Callable[[Codec, Path, str], GeneratorTask]
+    export: Callable[[Path, GeneratorTask, nn.Module, Codec], None]
     """Writes (folder, task, EMA model, autoencoder)."""
 
 
 FAMILIES: dict[str, Family] = {
     "skyreels": Family(
-        vae_task=lambda device: autoencoder.VaeTask(device=device),
-        task=lambda vae, pool, device: SkyReelsTask(vae.config.z_dim, pool, device=device),
-        export=lambda folder, task, ema, vae: export.export_skyreels(folder, ema, task.tokenizer, vae),
-    )
+        asset="skyreels-v2-tiny",
+        codec=WanCodec,
+        codec_learning_rate=2e-3,
+        codec_minutes=20,
+        decoder_minutes=30,
+        frames={64: 45, 96: 61},
+        task=lambda codec, pool, device: SkyReelsTask(codec.channels, pool, device=device),
+        export=lambda folder, task, ema, codec: export.export_skyreels(folder, ema, task.tokenizer, codec.model),
+    ),
+    "magi": Family(
+        asset="magi1-tiny",
+        codec=ViTCodec,
+        codec_learning_rate=2e-4,
+        codec_minutes=6,
+        decoder_minutes=0,
+        frames={64: 48, 96: 60},
+        task=lambda codec, pool, device: Magi1Task(codec.channels, pool, device=device),
+        export=lambda folder, task, ema, codec: export.export_magi(folder, ema, task.tokenizer, codec.model, SAMPLING),
+    ),
 }
 
 
@@ -69,12 +96,14 @@ def train_vae(run: Run, config: TrainConfig) -> None:
 
 def _vae_worker(rank: int, run: Run, config: TrainConfig) -> None:
     torch.manual_seed(run.seed)
-    task = FAMILIES[run.family].vae_task(run.device)
+    kind = FAMILIES[run.family].codec
+    task = ReconstructionTask(kind.build(), run.device)
     torch.manual_seed(run.seed + 1 + rank)
-    vae = train(task, config, run.work, "vae", rank)
+    codec = kind(train(task, config, run.work, "vae", rank))
     if rank == 0:
-        autoencoder.measure_latents(vae)
-        vae.save_pretrained(run.vae_folder)
+        codec.measure()
+        codec.model.save_pretrained(run.vae_folder)
+        _log_psnr(run, "vae", codec)
 
 
 def train_decoder(run: Run, config: TrainConfig) -> None:
@@ -84,41 +113,64 @@ def train_decoder(run: Run, config: TrainConfig) -> None:
 
 def _decoder_worker(rank: int, run: Run, config: TrainConfig) -> None:
     torch.manual_seed(run.seed + 100 + rank)
+    kind = FAMILIES[run.family].codec
 
     def on_checkpoint(ema: nn.Module, record: dict) -> None:
         ema.save_pretrained(run.vae_folder)
-        psnr = autoencoder.reconstruction_psnr(ema)
-        logger.info("decoder step %d: %.2f dB", record["step"], sum(psnr) / len(psnr))
+        _log_psnr(run, f"decoder step {record['step']}", kind(ema))
 
-    task = autoencoder.DecoderTask(AutoencoderKLWan.from_pretrained(run.vae_folder), run.device)
-    train(task, config, run.work, "decoder", rank, on_checkpoint)
+    task = ReconstructionTask(kind.load(run.vae_folder), run.device, decoder_only=True)
+    decoder = train(task, config, run.work, "decoder", rank, on_checkpoint)
+    if rank == 0:
+        # Also where nothing was left to train: the stage before has just written the autoencoder without it.
+        decoder.save_pretrained(run.vae_folder)
 
 
-def encode_pool(run: Run, size: int, frames: int, clips: int, shard_clips: int = 64) -> None:
-    """Encode clips of one size with the trained autoencoder, in shards; finished shards are kept."""
-    parallel.launch(_encode_worker, run.processes, run, size, frames, -(-clips // shard_clips), shard_clips)
+def _log_psnr(run: Run, stage: str, codec: Codec) -> None:
+    psnr = reconstruction_psnr(codec, frames=min(FAMILIES[run.family].frames.values()))
+    logger.info("%s: %.2f dB", stage, sum(psnr) / len(psnr))
+
+
+def encode_pool(run: Run, size: int, clips: int, shard_clips: int = 64) -> None:
+    """Encode clips of one size with the trained autoencoder, in shards; finished shards are kept.
+
+    Raises:
+        UserError: for a size that the model is not trained on.
+    """
+    known = FAMILIES[run.family].frames
+    if size not in known:
+        raise UserError(f"size {size} is not one of {', '.join(map(str, known))}: {run.family} is trained on those")
+    parallel.launch(_encode_worker, run.processes, run, size, known[size], -(-clips // shard_clips), shard_clips)
 
 
 def _encode_worker(rank: int, run: Run, size: int, frames: int, shards: int, shard_clips: int) -> None:
-    vae = AutoencoderKLWan.from_pretrained(run.vae_folder)
+    codec = FAMILIES[run.family].codec.load(run.vae_folder)
     for shard in range(rank, shards, parallel.world_size()):
-        latents.encode_shard(vae, run.pool_folder, shard, shard_clips, frames, size, run.device)
+        latents.encode_shard(codec, run.pool_folder, shard, shard_clips, frames, size, run.device)
 
 
 def train_generator(run: Run, config: TrainConfig) -> None:
-    """Train text encoder and transformer; every checkpoint is exported to `run.output`."""
+    """Train text encoder and transformer; every checkpoint is exported to `run.output`.
+
+    Raises:
+        UserError: if there are no encoded clips of a size.
+    """
+    for size in FAMILIES[run.family].frames:
+        if not any((run.pool_folder / f"{size}").glob("*.pt")):
+            raise UserError(
+                f"no encoded clips of {size} pixels in {run.pool_folder}: run --stage latents --sizes {size}"
+            )
     parallel.launch(_generator_worker, run.processes, run, config)
 
 
 def _generator_worker(rank: int, run: Run, config: TrainConfig) -> None:
     family = FAMILIES[run.family]
     torch.manual_seed(run.seed)
-    vae = AutoencoderKLWan.from_pretrained(run.vae_folder)
-    task = family.task(vae, run.pool_folder, run.device)
+    task = family.task(family.codec.load(run.vae_folder), run.pool_folder, run.device)
 
     def on_checkpoint(ema: nn.Module, record: dict) -> None:
         # Read again: the decoder may have been trained further meanwhile.
-        family.export(run.output, task, ema, AutoencoderKLWan.from_pretrained(run.vae_folder))
+        _export(run, task, ema)
         logger.info("exported %s at step %d, %.1f min", run.output, record["step"], record["minutes"])
 
     train(task, config, run.work, run.family, rank, on_checkpoint)
@@ -134,7 +186,23 @@ def export_generator(run: Run) -> None:
     if not checkpoint.exists():
         raise UserError(f"{checkpoint} does not exist: train the generator first, with --stage generator")
     family = FAMILIES[run.family]
-    vae = AutoencoderKLWan.from_pretrained(run.vae_folder)
-    task = family.task(vae, run.pool_folder, "cpu")
+    task = family.task(family.codec.load(run.vae_folder), run.pool_folder, "cpu")
     task.model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["ema"])
-    family.export(run.output, task, task.model, vae)
+    _export(run, task, task.model)
+
+
+def _export(run: Run, task: GeneratorTask, model: nn.Module) -> None:
+    family = FAMILIES[run.family]
+    family.export(run.output, task, model, family.codec.load(run.vae_folder))
+    _write_log(run)
+
+
+def _write_log(run: Run) -> None:
+    """Write the stages' logs into one file beside the weights, each line with the name of its stage."""
+    lines = []
+    for stage in ("vae", "decoder", run.family):
+        log = run.work / f"{stage}.jsonl"
+        if log.exists():
+            name = "generator" if stage == run.family else stage
+            lines += [json.dumps({"stage": name, **json.loads(line)}) for line in log.read_text().splitlines()]
+    (run.output / "training_log.jsonl").write_text("".join(line + "\n" for line in lines))

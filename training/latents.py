@@ -4,17 +4,16 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 
 from training import procedural
-from training.vae import channels_last, pixels
+from training.codec import Codec, pixels
 
 ENCODE_BATCH = 4
 
 
 @torch.no_grad()
 def encode_shard(
-    vae: AutoencoderKLWan, folder: Path, shard: int, clips: int, frames: int, size: int, device: str = "cpu"
+    codec: Codec, folder: Path, shard: int, clips: int, frames: int, size: int, device: str = "cpu"
 ) -> Path:
     """Encode clips `shard * clips ...` of the training split into one file of normalised latents.
 
@@ -25,10 +24,7 @@ def encode_shard(
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    vae = channels_last(vae.to(device))
-    mean, std = (
-        torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    codec.model.to(device)
     indices = range(shard * clips, (shard + 1) * clips)
     latents, captions = [], []
     for start in range(0, clips, ENCODE_BATCH):
@@ -36,8 +32,7 @@ def encode_shard(
         for index in batch:
             rng = procedural.rng_of("train", index)
             captions.append(procedural.caption_of(procedural.draw_words(rng), rng))
-        video = pixels("train", batch, frames, size).to(device).contiguous(memory_format=torch.channels_last_3d)
-        latents.append(((vae.encode(video).latent_dist.mean - mean) / std).half().cpu())
+        latents.append(codec.encode(pixels("train", batch, frames, size).to(device)).half().cpu())
     temporary = path.with_suffix(".tmp")
     torch.save({"latents": torch.cat(latents), "captions": captions}, temporary)
     temporary.replace(path)
@@ -60,9 +55,11 @@ class LatentPool:
         return sum(len(shard["captions"]) for shard in self.shards.values())
 
     def sample(
-        self, batch: int, frames: int, later_share: float, generator: torch.Generator
+        self, batch: int, frames: int, later_share: float, generator: torch.Generator, stride: int = 1
     ) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         """Draw windows of `frames` latent frames, a share of them from later than a clip's start.
+
+        Later windows begin at a multiple of `stride` latent frames.
 
         Returns:
             Latents `[batch, channels, frames, height, width]` float32, their captions, and a mask `[batch]` of the
@@ -74,8 +71,8 @@ class LatentPool:
             draw = torch.rand(4, generator=generator).tolist()
             shard = shards[int(draw[0] * len(shards))]
             index = int(draw[1] * len(shard["captions"]))
-            last = shard["latents"].shape[2] - frames
-            start = 1 + math.floor(draw[3] * last) if draw[2] < later_share and last > 0 else 0
+            last = (shard["latents"].shape[2] - frames) // stride
+            start = stride * (1 + math.floor(draw[3] * last)) if draw[2] < later_share and last > 0 else 0
             windows.append(shard["latents"][index, :, start : start + frames].float())
             captions.append(shard["captions"][index])
             later.append(start > 0)

@@ -3,6 +3,7 @@
 On a CPU, several one-thread processes waste less time than one process with several threads on tensors this small.
 """
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ def launch(worker: Callable[..., None], processes: int, *args: object) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_entry, args=(processes, port, worker, args), nprocs=processes, start_method="spawn")
+    level = logging.getLogger().getEffectiveLevel()
+    mp.start_processes(_entry, args=(processes, port, level, worker, args), nprocs=processes, start_method="spawn")
 
 
-def _entry(rank: int, world: int, port: int, worker: Callable[..., None], args: tuple) -> None:
+def _entry(rank: int, world: int, port: int, log_level: int, worker: Callable[..., None], args: tuple) -> None:
+    logging.basicConfig(level=log_level, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     os.nice(5)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)

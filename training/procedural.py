@@ -44,8 +44,8 @@ MOTION_PHRASES: dict[str, tuple[str, ...]] = {
 PHRASE_MOTIONS = {phrase: motion for motion, phrases in MOTION_PHRASES.items() for phrase in phrases}
 PREFIX = "a video of "
 PAN_PHRASES: dict[str, tuple[str, ...]] = {"left": ("panning left",), "right": ("panning right",)}
-TWO_SPRITES_SHARE = 0.3
-PANNING_SHARE = 0.2
+TWO_SPRITES_SHARE = 0.2
+PANNING_SHARE = 0.1
 CONTRAST = 0.13
 """Peak deviation of a background's texture from its colour, of 1.0 for full white."""
 
@@ -211,7 +211,7 @@ def place(words: SceneWords, rng: np.random.Generator, size: int = 96) -> Scene:
         }.get(sprite.motion, rng.uniform(0.7, 1.3))
         angle = rng.uniform(0, 2 * np.pi) if sprite.motion == "spinning" else rng.uniform(-0.2, 0.2)
         sprites.append(Sprite(sprite, radius, x, y, speed, angle, rng.uniform(0, np.pi)))
-    period = {"striped": (12, 18), "checkered": (22, 30), "dotted": (14, 20)}.get(words.texture, (8, 14))
+    period = {"striped": 16.0, "checkered": 24.0, "dotted": 16.0}.get(words.texture, 8.0)
     angles, lengths = rng.uniform(0, np.pi, 6), rng.uniform(10, 20, 6)
     waves = tuple(
         (2 * np.pi / n * np.cos(a), 2 * np.pi / n * np.sin(a), p)
@@ -220,7 +220,7 @@ def place(words: SceneWords, rng: np.random.Generator, size: int = 96) -> Scene:
     pan_speed = {"static": 0.0, "left": -1.0, "right": 1.0}[words.pan] * rng.uniform(0.5, 1.0)
     # A horizontal pan would not show on horizontal stripes.
     vertical = words.pan != "static" or bool(rng.random() < 0.5)
-    return Scene(words, size, tuple(sprites), pan_speed, rng.uniform(*period), vertical, waves)
+    return Scene(words, size, tuple(sprites), pan_speed, period, vertical, waves)
 
 
 def _texture(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:

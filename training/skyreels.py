@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import SkyReelsV2Transformer3DModel
 from torch import nn
+from transformers import UMT5EncoderModel
 
 from training.forcing import TIMESTEPS, draw_places, shifted
-from training.latents import LatentPool
+from training.generator import GeneratorTask, mean_over_frames
 from training.text import TEXT_DIM, build_text_encoder, build_tokenizer, embed
 
 BLOCK = 3
 """Latent frames of a causal chunk."""
-LATER_SHARE = 0.35
-"""Share of windows of several chunks that begin later than their clip."""
 CAPTION_DROPOUT = 0.1
 TEXT_LENGTH, LONG_TEXT_LENGTH = 32, 512
 CONTEXT_NOISE_TIMESTEP = 20
@@ -57,12 +56,10 @@ def chunked_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         query: `[batch, heads, tokens, head_dim]`; key and value have the same shape.
         chunk: tokens per causal chunk.
     """
-    query = query * query.shape[-1] ** -0.5
     parts = []
     for start in range(0, query.shape[2], chunk):
         end = start + chunk
-        scores = query[:, :, start:end] @ key[:, :, :end].transpose(-1, -2)
-        parts.append(scores.softmax(-1) @ value[:, :, :end])
+        parts.append(F.scaled_dot_product_attention(query[:, :, start:end], key[:, :, :end], value[:, :, :end]))
     return torch.cat(parts, dim=2)
 
 
@@ -117,7 +114,7 @@ def forward_frames(
 
         x, attn = block.norm2(hidden), block.attn2
         query, key = split(attn.norm_q(attn.to_q(x))), split(attn.norm_k(attn.to_k(text)))
-        x = chunked_attention_free(query, key, split(attn.to_v(text)))
+        x = F.scaled_dot_product_attention(query, key, split(attn.to_v(text)))
         hidden = hidden + attn.to_out[0](x.transpose(1, 2).flatten(2))
 
         hidden = gated(hidden, block.ffn(modulate(hidden, block.norm3, ffn_scale, ffn_shift)), ffn_gate)
@@ -128,61 +125,48 @@ def forward_frames(
     return out.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def chunked_attention_free(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of all queries to all keys, `[batch, heads, tokens, head_dim]`."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return scores.softmax(-1) @ value
-
-
-class SkyReelsTask:
+class SkyReelsTask(GeneratorTask):
     """Flow matching with a noise level of its own for each causal chunk."""
 
     def __init__(
         self,
         channels: int,
         pool: Path,
-        tokens: int = 2592,
+        tokens: int = 1728,
         shift: float = 3.0,
-        small_share: float = 0.2,
+        small_share: float = 0.3,
         device: str = "cpu",
     ):
-        self.tokenizer = build_tokenizer()
-        self.model = nn.ModuleDict(
-            {"transformer": build_transformer(channels), "text_encoder": build_text_encoder(len(self.tokenizer))}
-        ).to(device)
-        self.pool_folder, self.tokens, self.shift, self.small_share = pool, tokens, shift, small_share
-        self.pools: dict[int, LatentPool] = {}
-        self.device = device
+        tokenizer = build_tokenizer()
+        super().__init__(
+            build_transformer(channels),
+            build_text_encoder(UMT5EncoderModel, len(tokenizer)),
+            tokenizer,
+            pool,
+            chunk=BLOCK,
+            aligned=False,
+            tokens=tokens,
+            small_share=small_share,
+            device=device,
+        )
+        self.shift = shift
 
     def is_hidden_matrix(self, name: str) -> bool:
         """Return whether a 2-D parameter is a projection inside a transformer block."""
         return name.startswith("transformer.blocks.") and name.endswith(".weight")
 
-    def _pool(self, size: int, step: int) -> LatentPool:
-        if size not in self.pools:
-            self.pools[size] = LatentPool(self.pool_folder, size)
-        elif step % 50 == 0:
-            self.pools[size].refresh()
-        return self.pools[size]
-
     def loss(self, step: int, progress: float, rank: int, world: int) -> torch.Tensor:
         """Velocity error over the chunks being denoised of a batch of about `tokens` tokens."""
-        # All processes share the window's length, so that none waits for another.
-        draw = torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist()
-        size = 64 if progress < self.small_share else 96
-        # Mostly short windows: more clips for the same time, and what a clip shows is decided in its first chunk.
-        chunks = (1, 1, 1, 1, 2, 2, 2, 3, 4)[int(draw[0] * 9)]
-        length = LONG_TEXT_LENGTH if draw[1] < 1 / 16 else TEXT_LENGTH
-        batch = max(1, self.tokens // (chunks * BLOCK * (size // 8) ** 2))
-        generator = torch.Generator().manual_seed(1_000_003 * (step + 1) + rank)
-        later_share = LATER_SHARE if chunks > 1 else 0.0
-        clean, captions, later = self._pool(size, step).sample(batch, chunks * BLOCK, later_share, generator)
+        windows = self.draw_windows(step, progress, rank)
+        clean, generator = windows.clean, windows.generator
+        batch, chunks = len(clean), clean.shape[2] // BLOCK
+        length = LONG_TEXT_LENGTH if windows.draw < 1 / 16 else TEXT_LENGTH
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
-        captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+        captions = ["" if drop else caption for drop, caption in zip(dropped, windows.captions, strict=True)]
         places, active = draw_places(batch, chunks, generator)
         # The autoencoder codes a clip's first frame in its own way, so only a window that begins there may begin in
         # noise; a later one goes on from a finished chunk, as in long videos.
-        active[:, 0] &= ~later
+        active[:, 0] &= ~windows.later
         places = places * active
         sigma = shifted(places, self.shift)
         noisy_context = ~active & (torch.rand(batch, 1, generator=generator) < 0.3)
@@ -190,8 +174,7 @@ class SkyReelsTask:
         timestep = (sigma * TIMESTEPS).floor().clamp(max=TIMESTEPS - 1)
         noise = torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, :, None, None])
-        weight = active.repeat_interleave(BLOCK, 1)[:, None, :, None, None].float()
-        noisy, timestep, target, weight = (x.to(self.device) for x in (noisy, timestep, noise - clean, weight))
+        noisy, timestep, target = (x.to(self.device) for x in (noisy, timestep, noise - clean))
         text = embed(captions, self.tokenizer, self.model["text_encoder"], length)
         error = F.mse_loss(forward_frames(self.model["transformer"], noisy, timestep, text), target, reduction="none")
-        return (error * weight).sum() / (weight.sum() * error[0, :, 0].numel()).clamp(min=1)
+        return mean_over_frames(error, active.repeat_interleave(BLOCK, 1))

@@ -1,12 +1,15 @@
-"""A word-level tokenizer and a tiny UMT5 encoder for the grammar of `training.procedural`."""
+"""A word-level tokenizer and a tiny encoder of the T5 kind for the grammar of `training.procedural`."""
+
+from typing import TypeVar
 
 import tokenizers
 import torch
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training import procedural
 
 TEXT_DIM = 64
+T5Encoder = TypeVar("T5Encoder", bound=PreTrainedModel)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -23,10 +26,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
-    """Build an untrained two-layer UMT5 encoder of width `TEXT_DIM`."""
-    return UMT5EncoderModel(
-        UMT5Config(
+def build_text_encoder(kind: type[T5Encoder], vocabulary_size: int) -> T5Encoder:
+    """Build an untrained two-layer encoder of width `TEXT_DIM`: a `T5EncoderModel` or a `UMT5EncoderModel`."""
+    return kind(
+        kind.config_class(
             vocab_size=vocabulary_size,
             d_model=TEXT_DIM,
             d_kv=16,
@@ -34,21 +37,28 @@ def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
             num_layers=2,
             num_heads=4,
             dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
             pad_token_id=0,
             eos_token_id=1,
         )
     )
 
 
-def embed(
-    captions: list[str], tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, length: int
-) -> torch.Tensor:
-    """Embed captions as the stock pipeline does: `[batch, length, channels]`, zeros after each caption's end.
+def encode(
+    captions: list[str], tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features `[batch, tokens, channels]` of captions of at most `length` tokens, and a bool mask `[batch, tokens]`.
 
-    Only as many positions as the longest caption needs go through the encoder.
+    There are as many tokens as the longest caption needs.
     """
     device = next(encoder.parameters()).device
     tokens = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
-    hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    hidden = hidden * tokens.attention_mask[..., None]
-    return torch.nn.functional.pad(hidden, (0, 0, 0, length - hidden.shape[1]))
+    return encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state, tokens.attention_mask.bool()
+
+
+def embed(
+    captions: list[str], tokenizer: PreTrainedTokenizerFast, encoder: PreTrainedModel, length: int
+) -> torch.Tensor:
+    """Embed captions as the stock SkyReels pipeline does: `[batch, length, channels]`, zeros after a caption's end."""
+    hidden, mask = encode(captions, tokenizer, encoder, length)
+    return torch.nn.functional.pad(hidden * mask[..., None], (0, 0, 0, length - hidden.shape[1]))
