@@ -1,6 +1,6 @@
 """Wall time against token share: what the cache costs beside the tokens that it computes.
 
-    python benchmarks/overhead.py --threads 2
+    python -m benchmarks.overhead --threads 2
 
 For each model it denoises the same video exactly and in budget form at several shares, interleaved, and takes the
 fastest of the repeats: noise of a busy machine only ever adds. Writes rows of `model, share, time_ratio` with a fitted
@@ -120,7 +120,7 @@ def main() -> None:
     write_json(
         args.output,
         {
-            **provenance(f"python benchmarks/overhead.py --threads {args.threads} --repeats {args.repeats}"),
+            **provenance(f"python -m benchmarks.overhead --threads {args.threads} --repeats {args.repeats}"),
             "lines": {model: m["line"] for model, m in measured.items()},
             "rows": [row for m in measured.values() for row in m["rows"]],
         },

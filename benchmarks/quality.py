@@ -1,10 +1,11 @@
 """Quality at matched compute: caching methods against exact execution, over many prompts.
 
-    python benchmarks/quality.py --config configs/tiny_slow.yaml --processes 4
+    python -m benchmarks.quality --config configs/skyreels_v2_tiny_slow.yaml --processes 4
 
-Three disjoint sets of prompts are used. On the first the distances are measured, on the second each method's threshold
-is searched for every target share of exact's token computations, on the third the methods are compared. Finished jobs
-are kept in a file beside the results, so an interrupted run goes on where it stopped.
+Both methods get the same distance, the measured table; the published one, the rescaled time modulation, is compared at
+one share. Three disjoint sets of prompts are used. On the first the distances are measured, on the second each method's
+threshold is searched for every target share of exact's token computations, on the third the methods are compared.
+Finished jobs are kept in a file beside the results, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -176,22 +177,16 @@ def _search(job: tuple[MotionCacheConfig, float, str]) -> float:
 
 
 def _evaluate(job: tuple[int, str, dict[str, MotionCacheConfig]]) -> list[dict]:
-    """All methods on one prompt against exact execution with the same noise."""
+    """All methods on one prompt, and exact execution in bfloat16, against exact execution with the same noise."""
     index, prompt, configs = job
     exact, exact_taken = _sampler.sample(prompt, index, EXACT)
     rows = [{"prompt": index, "key": "exact", **exact_taken}]
     for key, config in configs.items():
         frames, taken = _sampler.sample(prompt, index, config)
         rows.append({"prompt": index, "key": key, **taken, **_distance_from(frames, exact)})
-    return rows
-
-
-def _evaluate_floor(job: tuple[int, str]) -> dict:
-    """Exact execution in bfloat16 against exact execution in float32: what rounding alone changes."""
-    index, prompt = job
-    exact, _ = _sampler.sample(prompt, index, EXACT)
+    # The floor: what rounding alone changes.
     rounded, taken = Sampler(_sampler.settings, torch.bfloat16).sample(prompt, index, EXACT)
-    return {"prompt": index, "key": "exact-bfloat16", **taken, **_distance_from(rounded, exact)}
+    return [*rows, {"prompt": index, "key": "exact-bfloat16", **taken, **_distance_from(rounded, exact)}]
 
 
 def _distance_from(frames: np.ndarray, exact: np.ndarray) -> dict[str, float]:
@@ -271,7 +266,7 @@ def summarise(rows: list[dict], targets: dict[str, float]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny_slow.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/skyreels_v2_tiny_slow.yaml")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of the reporting set")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.4, 0.3, 0.2])
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -289,7 +284,7 @@ def main() -> None:
         flowcache, searches = {}, []
         for name, distance in measured.items():
             base = settings.cache.replace(**distance)
-            for share in args.shares:
+            for share in args.shares if name == "table" else {VARIANT_SHARE}.intersection(args.shares):
                 tau = chunk_level_threshold(per_step(base, samples, settings.steps), base, chunks, share)
                 flowcache[name, share] = base.replace(alpha=1.0, threshold=tau)
                 job = (base.replace(threshold=tau), share, prompts("choosing", 1)[0])
@@ -306,8 +301,7 @@ def main() -> None:
         reported = list(enumerate(prompts("reporting", args.prompts)))
         evaluations = [(f"evaluate {i}", (i, p, configs)) for i, p in reported]
         rows = [row for part in finished.map(pool, _evaluate, evaluations) for row in part]
-        rows += finished.map(pool, _evaluate_floor, [(f"floor {i}", (i, p)) for i, p in reported])
-    command = f"python benchmarks/quality.py --config configs/{args.config.name} --prompts {args.prompts}"
+    command = f"python -m benchmarks.quality --config configs/{args.config.name} --prompts {args.prompts}"
     write_json(
         args.output,
         {

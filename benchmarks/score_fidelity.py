@@ -1,6 +1,6 @@
 """How well a token's score foretells the change of its residual, on exact runs (after the paper's Figure 3).
 
-    python benchmarks/score_fidelity.py --config configs/tiny_slow.yaml
+    python -m benchmarks.score_fidelity --config configs/skyreels_v2_tiny_slow.yaml
 
 At every step of every chunk the tokens are ranked by each score, as known before the step, and by the relative change
 that their residual then really made. Writes Spearman correlation and NDCG per score, averaged over steps, chunks,
@@ -92,7 +92,7 @@ class FidelityRecorder(ExactPolicy):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/tiny_slow.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/skyreels_v2_tiny_slow.yaml")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--output", type=Path, default=ROOT / "results/score-fidelity-skyreels-tiny.json")
     args = parser.parse_args()
@@ -110,7 +110,7 @@ def main() -> None:
         row[part] = round(float(np.nanmean(values)), 4)
     for row in rows.values():
         row["all"] = round(float(np.mean([row[part] for part in PARTS])), 4)
-    command = f"python benchmarks/score_fidelity.py --config configs/{args.config.name} --prompts {args.prompts}"
+    command = f"python -m benchmarks.score_fidelity --config configs/{args.config.name} --prompts {args.prompts}"
     write_json(args.output, {**provenance(command), "rows": list(rows.values())})
 
 
