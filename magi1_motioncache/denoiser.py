@@ -64,7 +64,7 @@ class ExactDenoiser:
         """What enters the block stack for one chunk's latents `[1, channels, chunk width, height, width]`."""
         return self.transformer.prepare(
             latents,
-            torch.tensor([call.t], dtype=torch.float32, device=latents.device),
+            torch.full((1,), call.t, dtype=torch.float32, device=latents.device),
             self.captions.tokens(call),
             first_frame=call.position * self.plan.config.chunk_width,
             has_text=call.branch is Pass.TEXT,

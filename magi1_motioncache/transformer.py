@@ -190,7 +190,8 @@ class Magi1Transformer3DModel(ModelMixin, ConfigMixin):
         hidden = latents.to(self.x_embedder.weight.dtype) * self.config.x_rescale_factor
         if self.config.half_channel_vae:
             hidden = torch.cat([hidden, hidden], dim=1)
-        hidden = self.x_embedder(hidden).flatten(2).transpose(1, 2)
+        # Selected tokens are contiguous: all tokens alike, so that compiled layers meet one layout.
+        hidden = self.x_embedder(hidden).flatten(2).transpose(1, 2).contiguous()
         grid = (frames, height // PATCH, width // PATCH)
         return ChunkInputs(
             hidden.to(self.compute_dtype),
