@@ -1,6 +1,7 @@
 """The measuring scripts run end to end on random weights, go on where they stopped, and add up."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from benchmarks import overhead, quality, score_fidelity
 from common.cache import MotionCacheConfig
 from common.errors import UserError
+from common.runs import REPOSITORY
 from common.settings import CONFIGS
 
 
@@ -105,3 +107,10 @@ def test_overhead_rows_and_line(tiny_pipeline_folder, tmp_path, monkeypatch):
     shares = [row["share"] for row in data["rows"]]
     assert len(shares) == len(overhead.SHARES) and shares == sorted(shares)
     assert all(row["time_ratio"] > 0 for row in data["rows"])
+
+
+def test_tables_in_documents_are_those_of_the_result_files():
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "scripts/update_tables.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
