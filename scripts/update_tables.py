@@ -38,14 +38,15 @@ def source(data: dict) -> str:
 
 
 def quality_summary(name: str) -> str:
-    """One line per method, one column per target share of token computations: PSNR in dB."""
+    """One line per method that was measured at all target shares of token computations, one column per share."""
     data = load(name)
     rows = [r for r in data["rows"] if r["target_share"]]
     shares = sorted({r["target_share"] for r in rows}, reverse=True)
     by_method: dict[str, dict[float, dict]] = {}
     for row in rows:
         by_method.setdefault(row["method"], {})[row["target_share"]] = row
-    lines = [[m, *(f"{of[s]['psnr_db']:.1f} / {of[s]['ssim']:.3f}" for s in shares)] for m, of in by_method.items()]
+    whole = {method: of for method, of in by_method.items() if len(of) == len(shares)}
+    lines = [[m, *(f"{of[s]['psnr_db']:.1f} / {of[s]['ssim']:.3f}" for s in shares)] for m, of in whole.items()]
     floor = next(r for r in data["rows"] if r["method"] == "exact-bfloat16")
     n = rows[0]["n"]
     note = (
