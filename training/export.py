@@ -57,6 +57,7 @@ def _full(model: nn.Module) -> nn.Module:
 
 def _half(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
+    model.register_to_config(_name_or_path="")  # where it was trained concerns nobody
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.to("cpu", torch.float16).contiguous()
     return model
