@@ -19,7 +19,7 @@ from common.errors import UserError
 from training import family
 from training.trainer import TrainConfig
 
-STAGES = ("vae", "latents", "generator", "decoder", "export")
+STAGES = ("vae", "latents", "generator", "export")
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,7 +28,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--minutes", type=float, default=75, help="training time of the generator")
     parser.add_argument("--vae-minutes", type=float, help="training time of the autoencoder; default the model's own")
-    parser.add_argument("--decoder-minutes", type=float, help="further training of its decoder alone; 0 for none")
     parser.add_argument("--clips", type=int, default=2048, help="encoded clips of each size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="sizes of clips to encode, in pixels")
     parser.add_argument("--processes", type=int, default=3, help="single-threaded processes (CPU only)")
@@ -44,13 +43,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     kind = family.FAMILIES[args.model]
     vae_minutes = kind.codec_minutes if args.vae_minutes is None else args.vae_minutes
-    decoder_minutes = kind.decoder_minutes if args.decoder_minutes is None else args.decoder_minutes
     positive = {"minutes": args.minutes, "vae-minutes": vae_minutes, "clips": args.clips, "processes": args.processes}
     for name, value in positive.items():
         if value <= 0:
             raise UserError(f"--{name} is {value}: give a number above 0")
-    if decoder_minutes < 0:
-        raise UserError(f"--decoder-minutes is {decoder_minutes}: give a number above 0, or 0 for none")
     cuda = args.device.startswith("cuda")
     run = family.Run(
         args.model,
@@ -80,9 +76,6 @@ def main() -> None:
         family.train_generator(
             run, TrainConfig(args.minutes, 2e-3, flat=0.35, ema_decay=0.995, muon=True, autocast=cuda)
         )
-    if "decoder" in stages and decoder_minutes:
-        rate = kind.codec_learning_rate / 4
-        family.train_decoder(run, TrainConfig(decoder_minutes, rate, weight_decay=0.0, ema_decay=0.99, muon=True))
     if "export" in stages:
         family.export_generator(run)
 

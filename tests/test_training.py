@@ -166,17 +166,13 @@ def test_loss_has_gradients_everywhere(pool, monkeypatch):
     assert not silent
 
 
-def test_reconstruction_reaches_the_ends_and_the_decoder_alone_leaves_the_encoder():
+def test_reconstruction_reaches_the_ends():
     torch.manual_seed(0)
     task = ReconstructionTask(WanCodec.build())
     loss = task.loss(1, 0.0, 0, 1)
     loss.backward()
     assert loss.isfinite()
     assert task.model.decoder.conv_out.weight.grad.abs().max() > 0
-    frozen = ReconstructionTask(task.codec, decoder_only=True)
-    assert frozen.kl_weight == 0
-    assert not any(p.requires_grad for p in frozen.model.encoder.parameters())
-    assert frozen.model.decoder.conv_out.weight.requires_grad
 
 
 def test_measured_latents_are_normalised():

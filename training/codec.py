@@ -39,9 +39,6 @@ class Codec(Protocol):
     def is_hidden_matrix(self, name: str) -> bool:
         """Return whether a parameter is a matrix or kernel between hidden features."""
 
-    def freeze_encoder(self) -> None:
-        """Leave only the decoder to be trained, so that latents made before stay valid."""
-
     def measure(self) -> None:
         """Bring latents to about zero mean and unit scale, for the generator, from now on."""
 
@@ -64,15 +61,11 @@ class ReconstructionTask:
     Args:
         codec: the autoencoder.
         device: where to train it.
-        decoder_only: train the decoder alone, on the clips of late steps.
     """
 
-    def __init__(self, codec: Codec, device: str = "cpu", decoder_only: bool = False):
-        self.codec, self.device, self.decoder_only = codec, device, decoder_only
+    def __init__(self, codec: Codec, device: str = "cpu"):
+        self.codec, self.device = codec, device
         self.model = codec.model.to(device)
-        self.kl_weight = 0.0 if decoder_only else KL_WEIGHT
-        if decoder_only:
-            codec.freeze_encoder()
 
     def is_hidden_matrix(self, name: str) -> bool:
         """Return whether Muon may train this parameter."""
@@ -80,13 +73,13 @@ class ReconstructionTask:
 
     def loss(self, step: int, progress: float, rank: int, world: int) -> Tensor:
         """Reconstruct this process's clips of a step."""
-        video = self.codec.training_video(step, 1.0 if self.decoder_only else progress, rank, world).to(self.device)
+        video = self.codec.training_video(step, progress, rank, world).to(self.device)
         generator = torch.Generator().manual_seed(1_000_003 * (step + 1) + rank)
         mean, log_variance = self.codec.posterior(video, generator)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         error = self.codec.reconstruct(mean + (0.5 * log_variance).exp() * noise, generator) - video
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return error.abs().mean() + 5 * error.square().mean() + self.kl_weight * kl.mean()
+        return error.abs().mean() + 5 * error.square().mean() + KL_WEIGHT * kl.mean()
 
 
 @torch.no_grad()

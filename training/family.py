@@ -34,8 +34,7 @@ class Family:
     codec: type[Codec]
     codec_learning_rate: float
     codec_minutes: float
-    decoder_minutes: float
-    """How long its autoencoder is trained, and then the decoder alone, if nothing else is asked for."""
+    """How long its autoencoder is trained if nothing else is asked for."""
     frames: dict[int, int]
     """Frames to encode of clips of each size in pixels."""
     task: Callable[[Codec, Path, str], GeneratorTask]
@@ -48,8 +47,7 @@ FAMILIES: dict[str, Family] = {
         asset="skyreels-v2-tiny",
         codec=WanCodec,
         codec_learning_rate=2e-3,
-        codec_minutes=20,
-        decoder_minutes=30,
+        codec_minutes=14,
         frames={64: 45, 96: 61},
         task=lambda codec, pool, device: SkyReelsTask(codec.channels, pool, device=device),
         export=lambda folder, task, ema, codec: export.export_skyreels(folder, ema, task.tokenizer, codec.model),
@@ -59,7 +57,6 @@ FAMILIES: dict[str, Family] = {
         codec=ViTCodec,
         codec_learning_rate=2e-4,
         codec_minutes=6,
-        decoder_minutes=0,
         frames={64: 48, 96: 60},
         task=lambda codec, pool, device: Magi1Task(codec.channels, pool, device=device),
         export=lambda folder, task, ema, codec: export.export_magi(folder, ema, task.tokenizer, codec.model, SAMPLING),
@@ -103,32 +100,8 @@ def _vae_worker(rank: int, run: Run, config: TrainConfig) -> None:
     if rank == 0:
         codec.measure()
         codec.model.save_pretrained(run.vae_folder)
-        _log_psnr(run, "vae", codec)
-
-
-def train_decoder(run: Run, config: TrainConfig) -> None:
-    """Train the saved autoencoder's decoder further; the next export of the generator picks it up."""
-    parallel.launch(_decoder_worker, run.processes, run, config)
-
-
-def _decoder_worker(rank: int, run: Run, config: TrainConfig) -> None:
-    torch.manual_seed(run.seed + 100 + rank)
-    kind = FAMILIES[run.family].codec
-
-    def on_checkpoint(ema: nn.Module, record: dict) -> None:
-        ema.save_pretrained(run.vae_folder)
-        _log_psnr(run, f"decoder step {record['step']}", kind(ema))
-
-    task = ReconstructionTask(kind.load(run.vae_folder), run.device, decoder_only=True)
-    decoder = train(task, config, run.work, "decoder", rank, on_checkpoint)
-    if rank == 0:
-        # Also where nothing was left to train: the stage before has just written the autoencoder without it.
-        decoder.save_pretrained(run.vae_folder)
-
-
-def _log_psnr(run: Run, stage: str, codec: Codec) -> None:
-    psnr = reconstruction_psnr(codec, frames=min(FAMILIES[run.family].frames.values()))
-    logger.info("%s: %.2f dB", stage, sum(psnr) / len(psnr))
+        psnr = reconstruction_psnr(codec, frames=min(FAMILIES[run.family].frames.values()))
+        logger.info("autoencoder: %.2f dB", sum(psnr) / len(psnr))
 
 
 def encode_pool(run: Run, size: int, clips: int, shard_clips: int = 64) -> None:
@@ -169,7 +142,6 @@ def _generator_worker(rank: int, run: Run, config: TrainConfig) -> None:
     task = family.task(family.codec.load(run.vae_folder), run.pool_folder, run.device)
 
     def on_checkpoint(ema: nn.Module, record: dict) -> None:
-        # Read again: the decoder may have been trained further meanwhile.
         _export(run, task, ema)
         logger.info("exported %s at step %d, %.1f min", run.output, record["step"], record["minutes"])
 
@@ -200,7 +172,7 @@ def _export(run: Run, task: GeneratorTask, model: nn.Module) -> None:
 def _write_log(run: Run) -> None:
     """Write the stages' logs into one file beside the weights, each line with the name of its stage."""
     lines = []
-    for stage in ("vae", "decoder", run.family):
+    for stage in ("vae", run.family):
         log = run.work / f"{stage}.jsonl"
         if log.exists():
             name = "generator" if stage == run.family else stage

@@ -157,10 +157,6 @@ class ViTCodec:
         """Return whether a parameter is a matrix of a transformer block."""
         return ".blocks." in name
 
-    def freeze_encoder(self) -> None:
-        """Leave only the decoder to be trained."""
-        self.model.encoder.requires_grad_(False)
-
     @torch.no_grad()
     def measure(self, clips: int = 48, frames: int = 2 * TILE_FRAMES, size: int = 96) -> None:
         """Shift each latent channel to zero mean and scale all channels alike to a mean square of one, in the weights.

@@ -85,7 +85,7 @@ class WanCodec:
         for module in model.modules():
             if isinstance(module, WanResidualBlock):
                 torch.nn.init.zeros_(module.conv2.weight)
-        for block in _attention_blocks(model):
+        for block in (module for module in model.modules() if isinstance(module, WanAttentionBlock)):
             # Trained on crops, attention over the whole picture would not carry over: it stays the identity.
             torch.nn.init.zeros_(block.proj.weight)
             torch.nn.init.zeros_(block.proj.bias)
@@ -134,11 +134,6 @@ class WanCodec:
         """Return whether a parameter is a convolution between hidden features, taken as a matrix of its kernels."""
         return "conv_in" not in name and "conv_out" not in name and "quant_conv" not in name
 
-    def freeze_encoder(self) -> None:
-        """Leave only the decoder to be trained."""
-        for part in (self.model.encoder, self.model.quant_conv, *_attention_blocks(self.model)):
-            part.requires_grad_(False)
-
     @torch.no_grad()
     def measure(self, clips: int = 48, frames: int = 29, size: int = 96) -> None:
         """Measure each latent channel's mean and deviation and write them to the model's config."""
@@ -171,7 +166,3 @@ class WanCodec:
 
 def _channels_last(video: torch.Tensor) -> torch.Tensor:
     return video.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _attention_blocks(vae: AutoencoderKLWan) -> list[WanAttentionBlock]:
-    return [module for module in vae.modules() if isinstance(module, WanAttentionBlock)]
