@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from common.cache import MotionCacheConfig, Trace
+from common.cache.policy import Policy
 
 OnIteration = Callable[[], None]
 OnFrames = Callable[[np.ndarray], None]
@@ -72,8 +73,8 @@ class Generator(ABC):
         """Iterations of a whole run."""
 
     @abstractmethod
-    def attach(self, config: MotionCacheConfig, keep_maps: bool) -> Handle:
-        """Put the cache into the pipeline, until `detach`."""
+    def attach(self, config: MotionCacheConfig, keep_maps: bool, policy: Policy | None = None) -> Handle:
+        """Put the cache into the pipeline, until `detach`; `policy` decides in place of the config's own."""
 
     @abstractmethod
     def detach(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.cache import ChunkStep, Compression, Engine, MotionCacheConfig, Signals, Trace
 from common.cache.mask import nearest_computed
+from common.cache.policy import Policy
 from common.errors import UserError
 from magi1_motioncache.captions import ChunkCaptions
 from magi1_motioncache.denoiser import ExactDenoiser
@@ -26,6 +27,7 @@ class CachedDenoiser(ExactDenoiser):
         transformer, captions, plan: as for `ExactDenoiser`.
         config: what to cache.
         keep_maps: keep weights and masks of every step in the trace, for pictures.
+        policy: decides in place of the one that the config names.
 
     Raises:
         UserError: the config measures a time modulation, which MAGI-1 does not have.
@@ -38,10 +40,11 @@ class CachedDenoiser(ExactDenoiser):
         plan: SamplingPlan,
         config: MotionCacheConfig,
         keep_maps: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         super().__init__(transformer, captions, plan)
         check_config(config)
-        self.engine = Engine(config, Trace(keep_maps=keep_maps))
+        self.engine = Engine(config, Trace(keep_maps=keep_maps), policy)
         for cache in self.caches.values():
             cache.storage = self.engine.storage
             self.engine.watch(cache)

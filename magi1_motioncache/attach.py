@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.cache import MotionCacheConfig, Trace
+from common.cache.policy import Policy
 from common.errors import UserError
 from magi1_motioncache.adapter import CachedDenoiser, check_config
 from magi1_motioncache.captions import ChunkCaptions
@@ -18,10 +19,11 @@ class MotionCacheHandle:
     Args:
         config: what to cache.
         keep_maps: keep weights and masks of every step in the trace, for pictures.
+        policy: decides in place of the one that the config names.
     """
 
-    def __init__(self, config: MotionCacheConfig, keep_maps: bool) -> None:
-        self.config = config
+    def __init__(self, config: MotionCacheConfig, keep_maps: bool, policy: Policy | None) -> None:
+        self.config, self.policy = config, policy
         self.keep_maps = keep_maps
         self.trace = Trace(keep_maps=keep_maps)
         """What was computed in the latest call of the pipeline."""
@@ -30,12 +32,14 @@ class MotionCacheHandle:
         self, transformer: Magi1Transformer3DModel, captions: ChunkCaptions, plan: SamplingPlan
     ) -> CachedDenoiser:
         """A denoiser for one video, which begins a new trace."""
-        denoiser = CachedDenoiser(transformer, captions, plan, self.config, self.keep_maps)
+        denoiser = CachedDenoiser(transformer, captions, plan, self.config, self.keep_maps, self.policy)
         self.trace = denoiser.trace
         return denoiser
 
 
-def apply_motioncache(pipe: Magi1Pipeline, config: MotionCacheConfig, keep_maps: bool = False) -> MotionCacheHandle:
+def apply_motioncache(
+    pipe: Magi1Pipeline, config: MotionCacheConfig, keep_maps: bool = False, policy: Policy | None = None
+) -> MotionCacheHandle:
     """Attach the cache to a pipeline, which is called as before.
 
     With `method="exact"` nothing is reused, and the result equals that of the pipeline alone up to rounding.
@@ -44,6 +48,7 @@ def apply_motioncache(pipe: Magi1Pipeline, config: MotionCacheConfig, keep_maps:
         pipe: the pipeline.
         config: what to cache; `cache_preset` has the published settings.
         keep_maps: keep weights and masks of every step in the trace, for pictures.
+        policy: decides in place of the one that the config names; see `common.cache.policy.Policy`.
 
     Returns:
         A handle with the `trace` of the latest call.
@@ -62,7 +67,7 @@ def apply_motioncache(pipe: Magi1Pipeline, config: MotionCacheConfig, keep_maps:
     if isinstance(pipe.denoiser, MotionCacheHandle):
         raise UserError("this pipeline has a cache already; call remove_motioncache(pipe) first")
     check_config(config)
-    handle = MotionCacheHandle(config, keep_maps)
+    handle = MotionCacheHandle(config, keep_maps, policy)
     pipe.denoiser = handle
     return handle
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import generator
 from common.cache import MotionCacheConfig, Trace
+from common.cache.policy import Policy
 from common.devices import synchronize
 from common.generator import Denoised, OnFrames, OnIteration
 from common.video import fit_frames
@@ -67,9 +68,9 @@ class Generator(generator.Generator):
         """Iterations of the whole video."""
         return self.plan.total_iterations
 
-    def attach(self, config: MotionCacheConfig, keep_maps: bool) -> MotionCacheHandle:
-        """Put the cache into the pipeline, until `detach`."""
-        return apply_motioncache(self.pipe, config, keep_maps)
+    def attach(self, config: MotionCacheConfig, keep_maps: bool, policy: Policy | None = None) -> MotionCacheHandle:
+        """Put the cache into the pipeline, until `detach` (see the base class)."""
+        return apply_motioncache(self.pipe, config, keep_maps, policy)
 
     def detach(self) -> None:
         """Take the cache out again."""

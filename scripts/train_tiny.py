@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.errors import UserError
 from training import family
+from training.generator import PHASES
 from training.trainer import TrainConfig
 
 STAGES = ("vae", "latents", "generator", "export")
@@ -28,8 +29,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--minutes", type=float, default=75, help="training time of the generator")
     parser.add_argument("--vae-minutes", type=float, help="training time of the autoencoder; default the model's own")
-    parser.add_argument("--clips", type=int, default=2048, help="encoded clips of each size")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="sizes of clips to encode, in pixels")
+    parser.add_argument("--clips", type=int, default=1536, help="encoded clips of each of the two sizes")
+    parser.add_argument("--pictures", type=int, default=16384, help="encoded pictures")
     parser.add_argument("--processes", type=int, default=3, help="single-threaded processes (CPU only)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=Path("outputs/train"), help="checkpoints, encoded clips, logs")
@@ -43,7 +44,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     kind = family.FAMILIES[args.model]
     vae_minutes = kind.codec_minutes if args.vae_minutes is None else args.vae_minutes
-    positive = {"minutes": args.minutes, "vae-minutes": vae_minutes, "clips": args.clips, "processes": args.processes}
+    positive = {
+        "minutes": args.minutes,
+        "vae-minutes": vae_minutes,
+        "clips": args.clips,
+        "pictures": args.pictures,
+        "processes": args.processes,
+    }
     for name, value in positive.items():
         if value <= 0:
             raise UserError(f"--{name} is {value}: give a number above 0")
@@ -70,8 +77,8 @@ def main() -> None:
             ),
         )
     if "latents" in stages:
-        for size in args.sizes:
-            family.encode_pool(run, size, clips=args.clips)
+        for phase in PHASES:
+            family.encode_pool(run, phase, clips=args.clips if phase.windows else args.pictures)
     if "generator" in stages:
         family.train_generator(
             run, TrainConfig(args.minutes, 2e-3, flat=0.35, ema_decay=0.995, muon=True, autocast=cuda)

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Tran
 from torch import Tensor
 
 from common.cache import MotionCacheConfig, Trace
+from common.cache.policy import Policy
 from common.errors import UserError
 from skyreels_v2_motioncache import attention
 from skyreels_v2_motioncache.hook import MotionCacheHook, PrefixNoise
@@ -37,7 +38,11 @@ class MotionCacheHandle:
 
 
 def apply_motioncache(
-    pipe: Any, config: MotionCacheConfig, prefix_noise: PrefixNoise = "frozen", keep_maps: bool = False
+    pipe: Any,
+    config: MotionCacheConfig,
+    prefix_noise: PrefixNoise = "frozen",
+    keep_maps: bool = False,
+    policy: Policy | None = None,
 ) -> MotionCacheHandle:
     """Attach the cache to a SkyReels-V2 diffusion-forcing pipeline (text, image or video to video).
 
@@ -53,6 +58,7 @@ def apply_motioncache(
             `"fresh"` follows them and recomputes those chunks each time; `"frozen"` computes them once, with the noise
             of the first iteration.
         keep_maps: keep weights and masks of every step in the trace, for pictures.
+        policy: decides in place of the one that the config names; see `common.cache.policy.Policy`.
 
     Returns:
         A handle with the `trace` of the latest call.
@@ -85,7 +91,7 @@ def apply_motioncache(
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     if registry.get_hook(HOOK) is not None:
         raise UserError("this pipeline has a cache already; call remove_motioncache(pipe) first")
-    hook = MotionCacheHook(with_polynomial(config, transformer), prefix_noise, keep_maps)
+    hook = MotionCacheHook(with_polynomial(config, transformer), prefix_noise, keep_maps, policy)
     registry.register_hook(hook, HOOK)
     hook.installed_forward = transformer.forward
     attention.install(transformer, hook.call)

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Tran
 from torch import Tensor
 
 from common.cache import ChunkStep, Compression, Engine, KVCache, MotionCacheConfig, Signals, Trace, Write
+from common.cache.policy import Policy
 from skyreels_v2_motioncache import attention
 from skyreels_v2_motioncache.patches import from_tokens, to_tokens
 from skyreels_v2_motioncache.plan import WindowPlan
@@ -47,9 +48,11 @@ class MotionCacheHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, config: MotionCacheConfig, prefix_noise: PrefixNoise, keep_maps: bool) -> None:
+    def __init__(
+        self, config: MotionCacheConfig, prefix_noise: PrefixNoise, keep_maps: bool, policy: Policy | None
+    ) -> None:
         super().__init__()
-        self.engine = Engine(config)
+        self.engine = Engine(config, policy=policy)
         self.prefix_noise = prefix_noise
         self.keep_maps = keep_maps
         self.branches = StateManager(BranchState)

@@ -15,7 +15,7 @@ from torch import nn
 from common.errors import UserError
 from training import export, latents, parallel
 from training.codec import Codec, ReconstructionTask, reconstruction_psnr
-from training.generator import GeneratorTask
+from training.generator import PHASES, GeneratorTask, Phase
 from training.magi import SAMPLING, Magi1Task
 from training.skyreels import SkyReelsTask
 from training.trainer import TrainConfig, train
@@ -35,8 +35,8 @@ class Family:
     codec_learning_rate: float
     codec_minutes: float
     """How long its autoencoder is trained if nothing else is asked for."""
-    frames: dict[int, int]
-    """Frames to encode of clips of each size in pixels."""
+    frames: dict[str, int]
+    """Frames to encode of each phase's clips."""
     task: Callable[[Codec, Path, str], GeneratorTask]
     export: Callable[[Path, GeneratorTask, nn.Module, Codec], None]
     """Writes (folder, task, EMA model, autoencoder)."""
@@ -48,7 +48,7 @@ FAMILIES: dict[str, Family] = {
         codec=WanCodec,
         codec_learning_rate=2e-3,
         codec_minutes=14,
-        frames={64: 45, 96: 61},
+        frames={"pictures": 1, "small": 45, "full": 61},
         task=lambda codec, pool, device: SkyReelsTask(codec.channels, pool, device=device),
         export=lambda folder, task, ema, codec: export.export_skyreels(folder, ema, task.tokenizer, codec.model),
     ),
@@ -57,7 +57,7 @@ FAMILIES: dict[str, Family] = {
         codec=ViTCodec,
         codec_learning_rate=2e-4,
         codec_minutes=6,
-        frames={64: 48, 96: 60},
+        frames={"pictures": 4, "small": 48, "full": 60},
         task=lambda codec, pool, device: Magi1Task(codec.channels, pool, device=device),
         export=lambda folder, task, ema, codec: export.export_magi(folder, ema, task.tokenizer, codec.model, SAMPLING),
     ),
@@ -100,39 +100,31 @@ def _vae_worker(rank: int, run: Run, config: TrainConfig) -> None:
     if rank == 0:
         codec.measure()
         codec.model.save_pretrained(run.vae_folder)
-        psnr = reconstruction_psnr(codec, frames=min(FAMILIES[run.family].frames.values()))
+        psnr = reconstruction_psnr(codec, frames=FAMILIES[run.family].frames["small"])
         logger.info("autoencoder: %.2f dB", sum(psnr) / len(psnr))
 
 
-def encode_pool(run: Run, size: int, clips: int, shard_clips: int = 64) -> None:
-    """Encode clips of one size with the trained autoencoder, in shards; finished shards are kept.
-
-    Raises:
-        UserError: for a size that the model is not trained on.
-    """
-    known = FAMILIES[run.family].frames
-    if size not in known:
-        raise UserError(f"size {size} is not one of {', '.join(map(str, known))}: {run.family} is trained on those")
-    parallel.launch(_encode_worker, run.processes, run, size, known[size], -(-clips // shard_clips), shard_clips)
+def encode_pool(run: Run, phase: Phase, clips: int, shard_clips: int = 64) -> None:
+    """Encode one phase's clips with the trained autoencoder, in shards; finished shards are kept."""
+    parallel.launch(_encode_worker, run.processes, run, phase, -(-clips // shard_clips), shard_clips)
 
 
-def _encode_worker(rank: int, run: Run, size: int, frames: int, shards: int, shard_clips: int) -> None:
-    codec = FAMILIES[run.family].codec.load(run.vae_folder)
+def _encode_worker(rank: int, run: Run, phase: Phase, shards: int, shard_clips: int) -> None:
+    family = FAMILIES[run.family]
+    codec, folder = family.codec.load(run.vae_folder), run.pool_folder / phase.pool
     for shard in range(rank, shards, parallel.world_size()):
-        latents.encode_shard(codec, run.pool_folder, shard, shard_clips, frames, size, run.device)
+        latents.encode_shard(codec, folder, shard, shard_clips, family.frames[phase.pool], phase.size, run.device)
 
 
 def train_generator(run: Run, config: TrainConfig) -> None:
     """Train text encoder and transformer; every checkpoint is exported to `run.output`.
 
     Raises:
-        UserError: if there are no encoded clips of a size.
+        UserError: if there are no encoded clips for a phase.
     """
-    for size in FAMILIES[run.family].frames:
-        if not any((run.pool_folder / f"{size}").glob("*.pt")):
-            raise UserError(
-                f"no encoded clips of {size} pixels in {run.pool_folder}: run --stage latents --sizes {size}"
-            )
+    for phase in PHASES:
+        if not any((run.pool_folder / phase.pool).glob("*.pt")):
+            raise UserError(f"no encoded clips in {run.pool_folder / phase.pool}: run --stage latents first")
     parallel.launch(_generator_worker, run.processes, run, config)
 
 

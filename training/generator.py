@@ -11,12 +11,34 @@ from training.latents import LatentPool
 
 LATER_SHARE = 0.35
 """Share of windows of several chunks that begin later than their clip."""
-WINDOW_CHUNKS = (1, 1, 1, 1, 2, 2, 2, 3, 4)
-"""Mostly short windows: more clips for the same time, and what a clip shows is decided in its first chunk."""
-SMALL_SIZE, FULL_SIZE = 64, 96
-"""Sides of the clips in pixels, in the first part of the training and in the rest."""
+FULL_SIZE = 96
+"""Side in pixels of the clips that the model is made for."""
 TOKEN_PIXELS = 8
 """Side of a token in pixels."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training: which clips it sees, and how much of each at once."""
+
+    pool: str
+    """Name of the folder of its encoded clips."""
+    size: int
+    """Side of its clips in pixels."""
+    until: float
+    """Share of the budget at which the next phase begins."""
+    windows: tuple[int, ...] = ()
+    """Numbers of chunks that windows have, each equally often; empty: only a clip's first latent frame."""
+
+
+PHASES = (
+    # What a shape looks like is learned from pictures: a step holds nine times as many of them as of chunks.
+    Phase("pictures", 64, 0.5),
+    Phase("small", 64, 0.6, (1, 1, 1, 1, 2, 2, 2, 3, 4)),
+    Phase("full", FULL_SIZE, 1.0, (1, 1, 1, 1, 2, 2, 2, 3, 4)),
+)
+"""From cheap to dear. Mostly short windows: more clips for the same time, and what a clip shows is decided in its
+first chunk."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +69,7 @@ class GeneratorTask:
         chunk: latent frames of a causal chunk.
         aligned: whether a window may begin only where a chunk does.
         tokens: tokens of a batch, about.
-        small_share: share of the budget in which clips of `SMALL_SIZE` are used.
+        phases: what is seen when.
         device: where to train.
     """
 
@@ -60,37 +82,43 @@ class GeneratorTask:
         chunk: int,
         aligned: bool,
         tokens: int,
-        small_share: float,
+        phases: tuple[Phase, ...],
         device: str,
     ):
         self.model = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder}).to(device)
         self.tokenizer, self.pool_folder, self.device = tokenizer, pool, device
-        self.chunk, self.aligned, self.tokens, self.small_share = chunk, aligned, tokens, small_share
-        self.pools: dict[int, LatentPool] = {}
+        self.chunk, self.aligned, self.tokens, self.phases = chunk, aligned, tokens, phases
+        self.pools: dict[str, LatentPool] = {}
 
     def draw_windows(self, step: int, progress: float, rank: int) -> Windows:
         """Draw this process's batch of a step."""
         # All processes share the window's length, so that none waits for another.
         draw = torch.rand(2, generator=torch.Generator().manual_seed(step)).tolist()
-        size = SMALL_SIZE if progress < self.small_share else FULL_SIZE
-        chunks = WINDOW_CHUNKS[int(draw[0] * len(WINDOW_CHUNKS))]
-        batch = max(1, self.tokens // (chunks * self.chunk * (size // TOKEN_PIXELS) ** 2))
+        phase = next((phase for phase in self.phases if progress < phase.until), self.phases[-1])
+        chunks = phase.windows[int(draw[0] * len(phase.windows))] if phase.windows else 0
+        frames = chunks * self.chunk or 1
+        batch = max(1, self.tokens // (frames * (phase.size // TOKEN_PIXELS) ** 2))
         generator = torch.Generator().manual_seed(1_000_003 * (step + 1) + rank)
-        clean, captions, later = self._pool(size, step).sample(
+        clean, captions, later = self._pool(phase.pool, step).sample(
             batch,
-            chunks * self.chunk,
+            frames,
             LATER_SHARE if chunks > 1 else 0.0,
             generator,
             stride=self.chunk if self.aligned else 1,
         )
         return Windows(clean, captions, later, draw[1], generator)
 
-    def _pool(self, size: int, step: int) -> LatentPool:
-        if size not in self.pools:
-            self.pools[size] = LatentPool(self.pool_folder, size)
+    def chunks_of(self, latents: Tensor) -> tuple[int, int]:
+        """Return how many chunks a window's latents are and of how many frames: pictures are chunks of one."""
+        chunks = max(1, latents.shape[2] // self.chunk)
+        return chunks, latents.shape[2] // chunks
+
+    def _pool(self, name: str, step: int) -> LatentPool:
+        if name not in self.pools:
+            self.pools[name] = LatentPool(self.pool_folder / name)
         elif step % 50 == 0:
-            self.pools[size].refresh()
-        return self.pools[size]
+            self.pools[name].refresh()
+        return self.pools[name]
 
 
 def mean_over_frames(error: Tensor, counts: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ ENCODE_BATCH = 4
 def encode_shard(
     codec: Codec, folder: Path, shard: int, clips: int, frames: int, size: int, device: str = "cpu"
 ) -> Path:
-    """Encode clips `shard * clips ...` of the training split into one file of normalised latents.
+    """Encode clips `shard * clips ...` of the training split into one file of normalised latents in `folder`.
 
     Returns:
         The file's path: a dict of `latents` `[clips, channels, latent_frames, height, width]` float16 and `captions`.
     """
-    path = folder / f"{size}" / f"{shard:04d}.pt"
+    path = folder / f"{shard:04d}.pt"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,10 +40,10 @@ def encode_shard(
 
 
 class LatentPool:
-    """Random windows of the encoded clips of one size; picks up shards that appear while it is in use."""
+    """Random windows of the encoded clips in one folder; picks up shards that appear while it is in use."""
 
-    def __init__(self, folder: Path, size: int):
-        self.folder = folder / f"{size}"
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.shards: dict[Path, dict] = {}
         self.refresh()
 

@@ -15,7 +15,7 @@ from magi1_motioncache.rope import rotate
 from magi1_motioncache.schedule import transformed
 from magi1_motioncache.transformer import PATCH, Magi1Transformer3DModel
 from training.forcing import draw_places
-from training.generator import FULL_SIZE, TOKEN_PIXELS, GeneratorTask, mean_over_frames
+from training.generator import FULL_SIZE, PHASES, TOKEN_PIXELS, GeneratorTask, Phase, mean_over_frames
 from training.text import TEXT_DIM, build_text_encoder, build_tokenizer, encode
 
 SAMPLING = SamplingConfig(
@@ -238,7 +238,14 @@ class Magi1Task(GeneratorTask):
     their end finished and run at `clean_t` without text. The others have independent or equal times.
     """
 
-    def __init__(self, channels: int, pool: Path, tokens: int = 1728, small_share: float = 0.3, device: str = "cpu"):
+    def __init__(
+        self,
+        channels: int,
+        pool: Path,
+        tokens: int = 1728,
+        phases: tuple[Phase, ...] = PHASES,
+        device: str = "cpu",
+    ):
         tokenizer = build_tokenizer()
         super().__init__(
             build_transformer(channels),
@@ -248,7 +255,7 @@ class Magi1Task(GeneratorTask):
             chunk=SAMPLING.chunk_width,
             aligned=True,
             tokens=tokens,
-            small_share=small_share,
+            phases=phases,
             device=device,
         )
 
@@ -267,8 +274,7 @@ class Magi1Task(GeneratorTask):
         Returns:
             The batch, the noise of its latents' shape, and a mask `[batch, frames]` of the frames being denoised.
         """
-        width = SAMPLING.chunk_width
-        samples, chunks = len(clean), clean.shape[2] // width
+        samples, (chunks, width) = len(clean), self.chunks_of(clean)
         places, active = draw_places(samples, chunks, generator, lag=1 / SAMPLING.window_size)
         # A clip begins with its sprites in view; in its middle they may be anywhere, so that windows from there go on
         # from a finished chunk.
@@ -282,8 +288,8 @@ class Magi1Task(GeneratorTask):
         noise = torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(noise, clean, time.repeat_interleave(width, 1)[:, None, :, None, None])
         # Given frames take the place of noisy ones; their chunk's time stays.
-        lengths = torch.randint(1, width, (samples, 1), generator=generator)
-        lengths = lengths * (torch.rand(samples, 1, generator=generator) < PREFIX_SHARE)
+        lengths = torch.randint(1, max(2, width), (samples, 1), generator=generator)
+        lengths = lengths * (torch.rand(samples, 1, generator=generator) < PREFIX_SHARE) * (width > 1)
         place = torch.arange(chunks * width)[None] - width * active.int().argmax(1, keepdim=True)
         given = (place >= 0) & (place < lengths)
         batch = ChunkBatch(

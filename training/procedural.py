@@ -191,7 +191,7 @@ def place(words: SceneWords, rng: np.random.Generator, size: int = 96) -> Scene:
     diagonal = int(rng.integers(4))
     sprites = []
     for i, sprite in enumerate(words.sprites):
-        radius = rng.uniform(11, 15) if pair else rng.uniform(13, 20)
+        radius = rng.uniform(13, 16) if pair else rng.uniform(15, 21)
         if pair:
             # Opposite quarters, so that two sprites rarely start on top of each other.
             quarter = (diagonal + 2 * i) % 4

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import UMT5EncoderModel
 
 from training.forcing import TIMESTEPS, draw_places, shifted
-from training.generator import GeneratorTask, mean_over_frames
+from training.generator import PHASES, GeneratorTask, Phase, mean_over_frames
 from training.text import TEXT_DIM, build_text_encoder, build_tokenizer, embed
 
 BLOCK = 3
@@ -134,7 +134,7 @@ class SkyReelsTask(GeneratorTask):
         pool: Path,
         tokens: int = 1728,
         shift: float = 3.0,
-        small_share: float = 0.3,
+        phases: tuple[Phase, ...] = PHASES,
         device: str = "cpu",
     ):
         tokenizer = build_tokenizer()
@@ -146,7 +146,7 @@ class SkyReelsTask(GeneratorTask):
             chunk=BLOCK,
             aligned=False,
             tokens=tokens,
-            small_share=small_share,
+            phases=phases,
             device=device,
         )
         self.shift = shift
@@ -159,7 +159,7 @@ class SkyReelsTask(GeneratorTask):
         """Velocity error over the chunks being denoised of a batch of about `tokens` tokens."""
         windows = self.draw_windows(step, progress, rank)
         clean, generator = windows.clean, windows.generator
-        batch, chunks = len(clean), clean.shape[2] // BLOCK
+        batch, (chunks, width) = len(clean), self.chunks_of(clean)
         length = LONG_TEXT_LENGTH if windows.draw < 1 / 16 else TEXT_LENGTH
         dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
         captions = ["" if drop else caption for drop, caption in zip(dropped, windows.captions, strict=True)]
@@ -170,11 +170,11 @@ class SkyReelsTask(GeneratorTask):
         places = places * active
         sigma = shifted(places, self.shift)
         noisy_context = ~active & (torch.rand(batch, 1, generator=generator) < 0.3)
-        sigma = torch.where(noisy_context, CONTEXT_NOISE_TIMESTEP / TIMESTEPS, sigma).repeat_interleave(BLOCK, 1)
+        sigma = torch.where(noisy_context, CONTEXT_NOISE_TIMESTEP / TIMESTEPS, sigma).repeat_interleave(width, 1)
         timestep = (sigma * TIMESTEPS).floor().clamp(max=TIMESTEPS - 1)
         noise = torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, :, None, None])
         noisy, timestep, target = (x.to(self.device) for x in (noisy, timestep, noise - clean))
         text = embed(captions, self.tokenizer, self.model["text_encoder"], length)
         error = F.mse_loss(forward_frames(self.model["transformer"], noisy, timestep, text), target, reduction="none")
-        return mean_over_frames(error, active.repeat_interleave(BLOCK, 1))
+        return mean_over_frames(error, active.repeat_interleave(width, 1))

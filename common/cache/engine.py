@@ -50,19 +50,20 @@ class Engine:
     Args:
         config: what to cache and when.
         trace: where to record; a new one by default.
+        policy: decides in place of the one that the config names, for instance to measure something.
 
     Raises:
         UserError: the config measures the time modulation, and no polynomial is known for the model.
     """
 
-    def __init__(self, config: MotionCacheConfig, trace: Trace | None = None) -> None:
+    def __init__(self, config: MotionCacheConfig, trace: Trace | None = None, policy: Policy | None = None) -> None:
         if config.method != "exact" and config.distance == "modulation" and config.polynomial is None:
             raise UserError(
                 "distance: 'modulation' needs a polynomial and none is known for this model; set polynomial "
                 "([1, 0] takes the change as it is), or distance 'input' or 'table'"
             )
         self.config = config
-        self.policy = POLICIES[config.method](config)
+        self.policy = policy or POLICIES[config.method](config)
         self.trace = trace or Trace()
         self._watched: list[HoldsMemory] = []
         self._states: dict[tuple[int, str], ChunkState] = {}
