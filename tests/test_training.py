@@ -11,6 +11,7 @@ from transformers import UMT5EncoderModel
 from training import forcing, muon, procedural, skyreels, text, trainer, wan_codec
 from training.codec import ReconstructionTask
 from training.export import export_skyreels
+from training.generator import Phase
 from training.latents import LatentPool, encode_shard
 from training.wan_codec import WanCodec
 
@@ -132,12 +133,12 @@ def pool(tmp_path_factory):
 
 
 def test_pool_gives_windows_of_the_encoded_clips(pool):
-    latents = LatentPool(pool, 32)
+    latents = LatentPool(pool)
     assert latents.refresh() == 2
     windows, captions, later = latents.sample(16, 3, 0.5, torch.Generator().manual_seed(0))
     assert windows.shape == (16, wan_codec.Z_DIM, 3, 8, 8) and windows.dtype == torch.float32
     assert 0 < later.sum() < 16
-    stored = torch.load(pool / "32" / "0000.pt", weights_only=True)
+    stored = torch.load(pool / "0000.pt", weights_only=True)
     for window, caption, is_later in zip(windows, captions, later, strict=True):
         clip = stored["latents"][stored["captions"].index(caption)].float()
         matches = [torch.equal(window, clip[:, start : start + 3]) for start in range(4)]
@@ -145,8 +146,8 @@ def test_pool_gives_windows_of_the_encoded_clips(pool):
 
 
 def test_aligned_windows_begin_where_a_chunk_does(pool):
-    clip = torch.load(pool / "32" / "0000.pt", weights_only=True)["latents"][:, 0, :, 0, 0]
-    windows, _, later = LatentPool(pool, 32).sample(32, 2, 0.5, torch.Generator().manual_seed(0), stride=2)
+    clip = torch.load(pool / "0000.pt", weights_only=True)["latents"][:, 0, :, 0, 0]
+    windows, _, later = LatentPool(pool).sample(32, 2, 0.5, torch.Generator().manual_seed(0), stride=2)
     starts = {
         start
         for window in windows[later]
@@ -156,14 +157,27 @@ def test_aligned_windows_begin_where_a_chunk_does(pool):
     assert starts == {2, 4}
 
 
-def test_loss_has_gradients_everywhere(pool, monkeypatch):
-    task = skyreels.SkyReelsTask(wan_codec.Z_DIM, pool, tokens=96, small_share=1.0)
-    task.pools[64] = LatentPool(pool, 32)
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+def test_loss_has_gradients_everywhere(pool, monkeypatch, progress):
+    phases = (Phase("pictures", 32, 0.5), Phase(".", 32, 1.0, (1,)))
+    task = skyreels.SkyReelsTask(wan_codec.Z_DIM, pool, tokens=96, phases=phases)
+    task.pools["pictures"] = LatentPool(pool)
     monkeypatch.setattr(skyreels, "CAPTION_DROPOUT", 0.0)
     nn.init.normal_(task.model["transformer"].proj_out.weight, std=0.02)
-    task.loss(0, 0.0, 0, 1).backward()
+    task.loss(0, progress, 0, 1).backward()
     silent = [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not silent
+
+
+def test_pictures_are_first_frames_and_more_of_them(pool):
+    task = skyreels.SkyReelsTask(
+        wan_codec.Z_DIM, pool, tokens=96, phases=(Phase(".", 32, 0.5), Phase(".", 32, 1, (1,)))
+    )
+    pictures, chunks = task.draw_windows(0, 0.4, 0), task.draw_windows(0, 0.6, 0)
+    assert pictures.clean.shape[0] == 3 * chunks.clean.shape[0] and not pictures.later.any()
+    assert task.chunks_of(pictures.clean) == (1, 1) and task.chunks_of(chunks.clean) == (1, skyreels.BLOCK)
+    first = torch.load(pool / "0000.pt", weights_only=True)["latents"][:, :, :1].float()
+    assert all(any(torch.equal(picture, frame) for frame in first) for picture in pictures.clean)
 
 
 def test_reconstruction_reaches_the_ends():

@@ -15,7 +15,8 @@ from magi1_motioncache.text import encode_prompt
 from training import magi, procedural, text, vit_codec
 from training.codec import ReconstructionTask, pixels
 from training.export import export_magi
-from training.family import FAMILIES, Run, encode_pool, export_generator, train_generator
+from training.family import FAMILIES, Run, export_generator, train_generator
+from training.generator import PHASES, Phase
 from training.latents import LatentPool, encode_shard
 from training.magi import SAMPLING, ChunkBatch, forward_chunks
 from training.trainer import TrainConfig
@@ -146,8 +147,9 @@ def test_ranges_are_those_of_the_plan():
 @pytest.fixture(scope="module")
 def task(pool):
     torch.manual_seed(0)
-    task = magi.Magi1Task(CHANNELS, pool, tokens=192, small_share=1.0)
-    task.pools[64] = LatentPool(pool, 32)
+    phases = (Phase("pictures", 32, 0.5), Phase("clips", 32, 1.0, (1,)))
+    task = magi.Magi1Task(CHANNELS, pool, tokens=192, phases=phases)
+    task.pools["clips"] = task.pools["pictures"] = LatentPool(pool)
     return task
 
 
@@ -206,7 +208,7 @@ def test_loss_reaches_every_weight(task):
     ):
         nn.init.normal_(zero.weight, std=0.02)
     for step in range(12):
-        loss = task.loss(step, 0.0, 0, 1)
+        loss = task.loss(step, 0.6 if step < 10 else 0.0, 0, 1)  # clips, then pictures
         loss.backward()
         assert loss.isfinite()
     silent = [
@@ -285,15 +287,15 @@ def test_export_is_a_pipeline_that_makes_videos(tmp_path, task, codec):
 
 def test_families_differ_only_by_what_the_stages_ask_for():
     for family in FAMILIES.values():
-        assert set(family.frames) == {64, 96}
-    assert all(frames % vit_codec.TILE_FRAMES == 0 for frames in FAMILIES["magi"].frames.values())
+        assert set(family.frames) == {phase.pool for phase in PHASES}
+    magi_frames = FAMILIES["magi"].frames
+    assert magi_frames["pictures"] == vit_codec.PATCH
+    assert all(magi_frames[phase.pool] % vit_codec.TILE_FRAMES == 0 for phase in PHASES if phase.windows)
 
 
 def test_stages_say_what_is_missing(tmp_path):
     run = Run("magi", tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="--stage latents --sizes 64"):
+    with pytest.raises(UserError, match="--stage latents"):
         train_generator(run, TrainConfig(1.0, 1e-3))
-    with pytest.raises(UserError, match="size 80 is not one of 64, 96"):
-        encode_pool(run, 80, clips=1)
     with pytest.raises(UserError, match="train the generator first"):
         export_generator(run)
