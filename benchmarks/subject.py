@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ class Subject(ABC):
         check_offload(self.settings.offload, self.device)
         self._load()
 
+    @staticmethod
+    @abstractmethod
+    def find(model: str) -> Path:
+        """The checkpoint's folder, fetched if it is on the hub."""
+
     @abstractmethod
     def _load(self) -> None:
         """Check the settings, find the checkpoint and load it."""
@@ -129,9 +135,11 @@ def sample(
 class SkyReelsSubject(Subject):
     """SkyReels-V2 in diffusers' own pipeline."""
 
+    find = staticmethod(find_skyreels)
+
     def _load(self) -> None:
         s = self.settings
-        self.folder = find_skyreels(s.model)
+        self.folder = self.find(s.model)
         self.windows = skyreels_validate.check_shapes(s, inspect_skyreels(self.folder))
         self.pipe = skyreels_loading.load_pipeline(self.folder, "text", self.dtype, s.shift, s.sigmas)
         skyreels_loading.place_pipeline(self.pipe, self.device, s.offload)
@@ -147,9 +155,11 @@ class SkyReelsSubject(Subject):
 class Magi1Subject(Subject):
     """MAGI-1."""
 
+    find = staticmethod(find_magi)
+
     def _load(self) -> None:
         s = self.settings
-        self.folder = find_magi(s.model)
+        self.folder = self.find(s.model)
         architecture = inspect_magi(self.folder, s.special_tokens_file)
         self.sampling = magi_validate.check_shapes(s, architecture)
         self.tokens = magi_validate.token_options(s, architecture.has_tokens)
@@ -170,16 +180,23 @@ FAMILIES: dict[str, tuple[SettingsFiles, type[Subject]]] = {
 }
 
 
+def family_of_settings(names: Iterable[str]) -> str | None:
+    """Which model settings of these names are for; None if they fit none."""
+    for name, (files, _) in FAMILIES.items():
+        if set(names) <= {field.name for field in dataclasses.fields(files.settings)}:
+            return name
+    return None
+
+
 def family_of(config: Path) -> str:
     """Which model a config is for, by the settings that it holds.
 
     Raises:
         UserError: it fits none.
     """
-    keys = set(read_yaml(config)) - {"variants"}
-    for name, (files, _) in FAMILIES.items():
-        if keys <= {field.name for field in dataclasses.fields(files.settings)}:
-            return name
+    family = family_of_settings(set(read_yaml(config)) - {"variants"})
+    if family is not None:
+        return family
     raise UserError(
         f"config {str(config)!r} has settings of neither {' nor '.join(FAMILIES)}; begin with a copy of one in configs/"
     )

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import diffusers
+import transformers
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,7 +53,14 @@ class Reporter:
 def show_log(console: Console) -> None:
     """Show warnings of this repository's packages on the console."""
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
-    for package in ("common", "skyreels_v2_motioncache", "magi1_motioncache"):
+    for package in ("common", "skyreels_v2_motioncache", "magi1_motioncache", "benchmarks"):
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Turn off what diffusers and transformers say while they load: it is meant for their developers."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

@@ -7,15 +7,13 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from rich.console import Console
 
 from common.cli import Interrupted
 from common.compare import EXACT, STOCK, Comparison, compare
-from common.console import Reporter, show_log
+from common.console import Reporter, quiet_libraries, show_log
 from common.devices import check_offload, dtype_name, resolve_device, resolve_dtype
 from common.errors import UserError
 from common.files import make_output_folder, write_json
@@ -135,9 +133,7 @@ class Job(ABC, Generic[S, G]):
     def _announce(self, made_in: str) -> None:
         s = self.settings
         show_log(self.console)
-        for library in (diffusers, transformers):  # their notes on loading are for their developers
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
+        quiet_libraries()
         self.reporter.note(f"[bold]{s.model}[/bold], {self.config.name}, {self.method}")
         self.reporter.note(
             f"{s.num_frames} frames{made_in}, {s.height}x{s.width}, {s.steps} steps, seed {s.seed}, "

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import stats
 from skimage.metrics import structural_similarity
+from torch import Tensor, nn
+
+from common.errors import UserError
 
 MAX_PSNR = 100.0
 """PSNR in dB given to frames that are equal up to float rounding, where the formula goes to infinity."""
@@ -44,6 +49,58 @@ def ssim(video: np.ndarray, reference: np.ndarray) -> float:
         for a, b in zip(video, reference, strict=True)
     ]
     return float(np.mean(scores))
+
+
+LPIPS_PACKAGES = ("lpips", "torchvision")
+LPIPS_INSTALL = "pip install -r requirements-lpips.txt"
+LPIPS_BATCH = 8
+"""Frames whose features are held at the same time."""
+
+
+@torch.no_grad()
+def lpips(video: np.ndarray, reference: np.ndarray, network: nn.Module, device: torch.device) -> float:
+    """Learned perceptual distance (Zhang et al. 2018), averaged over pixels and frames; 0 for equal videos.
+
+    Args:
+        video, reference: `[frames, height, width, 3]`, uint8 or floats in [0, 1].
+        network: of `load_lpips`: two batches `[frames, 3, height, width]` in [-1, 1] to `[frames, 1, height, width]`.
+        device: of the network.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    pair = _pair(video, reference)
+    total = 0.0
+    for start in range(0, len(video), LPIPS_BATCH):
+        a, b = (_signed(frames[start : start + LPIPS_BATCH]).to(device) for frames in pair)
+        total += float(network(a, b).mean(dim=(1, 2, 3)).double().sum())
+    return total / len(video)
+
+
+def has_lpips() -> bool:
+    """Whether what `load_lpips` needs is installed."""
+    return all(importlib.util.find_spec(package) is not None for package in LPIPS_PACKAGES)
+
+
+def load_lpips(device: torch.device) -> nn.Module:
+    """The network of the papers' scorer: AlexNet, a distance per pixel. Its weights are fetched on first use.
+
+    Raises:
+        UserError: its packages are not installed, or AlexNet's weights cannot be fetched.
+    """
+    if not has_lpips():
+        raise UserError(f"LPIPS needs the packages {' and '.join(LPIPS_PACKAGES)}; install them: {LPIPS_INSTALL}")
+    import lpips as package  # optional, and slow to import
+
+    try:
+        return package.LPIPS(net="alex", spatial=True, verbose=False).eval().to(device)
+    except OSError as error:
+        raise UserError(f"LPIPS: AlexNet's weights cannot be fetched ({error}); connect, or use --no-lpips") from error
+
+
+def _signed(frames: np.ndarray) -> Tensor:
+    """`[frames, height, width, 3]` in [0, 1] to `[frames, 3, height, width]` in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))) * 2 - 1
 
 
 @dataclass(frozen=True)

@@ -91,17 +91,34 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     frames = to_uint8(frames)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    options = ["-crf", "14", "-preset", "medium", "-movflags", "+faststart"]
+    _encode(path, frames, fps, "libx264", "yuv420p", options)
+
+
+def write_lossless(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write frames so that `read_video` gives back the same bytes (FFV1, RGB); the file appears only when it is whole.
+
+    Args:
+        path: ends in `.mkv`.
+        frames: `[frames, height, width, 3]`, uint8 RGB or floats in [0, 1], which are rounded to 8 bits.
+        fps: frames per second.
+    """
+    # Bitexact leaves out a random number that the container would hold: the same frames give the same file.
+    _encode(path, to_uint8(frames), fps, "ffv1", "bgr0", ["-fflags", "+bitexact", "-flags:v", "+bitexact"])
+
+
+def _encode(path: Path, frames: np.ndarray, fps: int, codec: str, pixels: str, options: list[str]) -> None:
     with atomic_path(path) as partial:
         writer = imageio_ffmpeg.write_frames(
             str(partial),
             (frames.shape[2], frames.shape[1]),
             fps=fps,
-            codec="libx264",
+            codec=codec,
             pix_fmt_in="rgb24",
-            pix_fmt_out="yuv420p",
+            pix_fmt_out=pixels,
             macro_block_size=1,
             ffmpeg_log_level="error",
-            output_params=["-crf", "14", "-preset", "medium", "-movflags", "+faststart"],
+            output_params=options,
         )
         writer.send(None)
         for frame in np.ascontiguousarray(frames):

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from common import metrics
+from common.errors import UserError
 
 
 @pytest.fixture
@@ -64,6 +66,30 @@ def test_pairing_removes_what_prompts_share():
     base = np.random.default_rng(0).normal(30, 8, 16)
     noise = np.random.default_rng(1).normal(0, 0.2, 16)
     assert metrics.paired_difference(base + 0.5 + noise, base).is_significant
+
+
+class Brightness(torch.nn.Module):
+    """In place of the learned distance: how much darker the first is, per pixel, in halves of the range."""
+
+    def forward(self, video, reference):
+        assert video.shape[0] <= metrics.LPIPS_BATCH and video.shape[1] == 3
+        return (reference - video).mean(1, keepdim=True) / 2
+
+
+def test_lpips_averages_over_pixels_and_frames_of_uneven_batches():
+    reference = np.full((metrics.LPIPS_BATCH + 3, 12, 16, 3), 200, np.uint8)
+    video = reference.copy()
+    video[-3:] -= 51  # a fifth of the range, in the frames of the last batch
+    found = metrics.lpips(video, reference, Brightness(), torch.device("cpu"))
+    assert found == pytest.approx(0.2 * 3 / (metrics.LPIPS_BATCH + 3), rel=1e-5)
+    with pytest.raises(ValueError, match="different shapes"):
+        metrics.lpips(video[1:], reference, Brightness(), torch.device("cpu"))
+
+
+def test_lpips_without_its_packages_names_the_command(monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install -r requirements-lpips.txt"):
+        metrics.load_lpips(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [([1.0], [2.0]), ([1.0, 2.0], [1.0, 2.0, 3.0])])

@@ -25,6 +25,16 @@ def test_video_survives_writing_and_reading(tmp_path, clip):
     assert [f.name for f in tmp_path.iterdir()] == ["clip.mp4"]
 
 
+def test_lossless_video_gives_back_the_same_bytes_and_the_same_file(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 47, 63, 3), np.uint8)
+    for name in ("one.mkv", "two.mkv"):
+        video.write_lossless(tmp_path / name, frames, fps=16)
+    np.testing.assert_array_equal(video.read_video(tmp_path / "one.mkv"), frames)
+    assert (tmp_path / "one.mkv").read_bytes() == (tmp_path / "two.mkv").read_bytes()
+    video.write_lossless(tmp_path / "floats.mkv", frames / np.float32(255), fps=16)
+    np.testing.assert_array_equal(video.read_video(tmp_path / "floats.mkv"), frames)
+
+
 def test_odd_sides_are_padded_to_even(tmp_path, clip):
     video.write_video(tmp_path / "odd.mp4", clip[:, :47, :63], fps=16)
     assert video.read_video(tmp_path / "odd.mp4").shape == (10, 48, 64, 3)
