@@ -13,59 +13,86 @@ from common.cache.policy import ChunkState, ChunkStep, ExactPolicy, Signals
 
 @dataclass(frozen=True)
 class StepChange:
-    """Relative L1 changes of one chunk between its previous step and this one."""
+    """Relative L1 changes of one chunk and guidance pass between its last call and this one.
+
+    Attributes:
+        step: of this call.
+        steps: how many the last call is back; more than 1 for a guidance pass that was left out in between.
+        residual: change of the block stack's output minus its input.
+        inputs: change of what enters the block stack.
+        modulation: change of the time modulation; None for a model that has none.
+    """
 
     step: int
+    steps: int
     residual: float
-    modulation: float
     inputs: float
+    modulation: float | None
 
 
 @dataclass
 class ChangeRecorder(ExactPolicy):
     """A policy that computes everything and notes what a perfect distance would have said.
 
-    Put it in place of an engine's policy for an exact run; `samples` then holds one entry per chunk, branch and step
-    after the first.
+    Put it in place of a config's policy for one exact run; `samples` then holds one entry per chunk, guidance pass and
+    step after the first.
     """
 
     samples: list[StepChange] = field(default_factory=list)
-    _previous: dict[tuple[int, int, str], tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _last: dict[tuple[int, str], tuple[int, Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
+
+    def start_window(self) -> None:
+        self._last.clear()
 
     def observe(
         self, step: ChunkStep, state: ChunkState, neighbour: ChunkState | None, signals: Signals, outputs: Tensor
     ) -> None:
-        """Compare with the same chunk's previous step."""
-        now = (outputs - signals.inputs, signals.modulation, signals.inputs)
-        key = (step.window, step.chunk, step.branch)
-        last_step, *before = self._previous.get(key, (None,))
-        if last_step == step.step - 1:
-            changes = [float(relative_l1(a, b)) for a, b in zip(now, before, strict=True)]
-            self.samples.append(StepChange(step.step, *changes))
-        self._previous[key] = (step.step, *now)
-
-    def start_video(self) -> None:
-        """Forget the last video's tensors; the samples stay."""
-        self._previous.clear()
+        """Compare with the same chunk's last call."""
+        key = step.chunk, step.branch
+        residual, inputs, modulation = outputs - signals.inputs, signals.inputs, signals.modulation
+        if key in self._last:
+            last_step, last_residual, last_inputs, last_modulation = self._last[key]
+            self.samples.append(
+                StepChange(
+                    step.step,
+                    step.step - last_step,
+                    float(relative_l1(residual, last_residual)),
+                    float(relative_l1(inputs, last_inputs)),
+                    None if modulation is None else float(relative_l1(modulation, last_modulation)),
+                )
+            )
+        if step.step == step.num_steps - 1:
+            self._last.pop(key, None)  # a long video has many chunks, few of them at work
+        else:
+            self._last[key] = step.step, residual, inputs.clone(), modulation
 
 
 def distance_table(samples: list[StepChange], num_steps: int) -> list[float]:
-    """Mean residual change per step, `[num_steps]`; entry 0 is 0.
+    """Mean residual change per step, `[num_steps]`, with four digits; entry 0 is 0.
+
+    A change over several steps counts as made evenly in each of them.
 
     Raises:
         ValueError: a step has no sample.
     """
     by_step: list[list[float]] = [[] for _ in range(num_steps)]
     for sample in samples:
-        by_step[sample.step].append(sample.residual)
+        for step in range(sample.step - sample.steps + 1, sample.step + 1):
+            by_step[step].append(sample.residual / sample.steps)
     missing = [k for k in range(1, num_steps) if not by_step[k]]
     if missing:
         raise ValueError(f"no samples of steps {missing}; record whole exact runs of {num_steps} steps")
-    return [0.0] + [float(np.mean(values)) for values in by_step[1:]]
+    return [0.0] + [float(f"{np.mean(values):.4g}") for values in by_step[1:]]
 
 
 def fit_polynomial(samples: list[StepChange], degree: int = 4) -> list[float]:
-    """TeaCache's rescaling for this model: residual change as a polynomial of the modulation's, highest power first."""
-    x = np.array([s.modulation for s in samples])
-    y = np.array([s.residual for s in samples])
+    """TeaCache's rescaling for this model: residual change as a polynomial of the modulation's, highest power first.
+
+    Raises:
+        ValueError: the model has no time modulation.
+    """
+    pairs = [(s.modulation, s.residual) for s in samples if s.steps == 1 and s.modulation is not None]
+    if not pairs:
+        raise ValueError("no samples of a time modulation; this model has none")
+    x, y = np.array(pairs).T
     return [float(c) for c in np.polyfit(x, y, degree)]
