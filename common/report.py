@@ -17,6 +17,7 @@ from common.cache import Record, Trace
 from common.cache.trace import StepMaps
 from common.files import atomic_path
 from common.runs import Stage, find_stage, speedup
+from common.units import scaled
 from common.video import to_uint8
 
 MAX_ROWS = 4
@@ -56,14 +57,6 @@ def stage_table(stages: list[Stage], tokens_total: int, title: str) -> Table:
     ]
     table.caption = "\n".join(notes)
     return table
-
-
-def scaled(count: float) -> str:
-    """A count with the largest prefix that leaves a number of at least 1: `113.4 P`."""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {prefix}"
-    return f"{count:.0f}"
 
 
 def pick_chunk(trace: Trace) -> tuple[int, int]:

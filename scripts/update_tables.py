@@ -3,7 +3,7 @@
     python scripts/update_tables.py [--check]
 
 What stands from `<!-- table:NAME -->` to `<!-- /table:NAME -->` is replaced. With --check nothing is written, and a
-table that is out of date gives exit code 1.
+table that is out of date gives exit code 1. A table whose measurement has not been made says which command makes it.
 """
 
 from __future__ import annotations
@@ -13,96 +13,156 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.markdown import markdown_table
+from benchmarks.names import BASELINE, split_name
+from benchmarks.quoted import load_quoted
+from benchmarks.render import cell, model_table, notes
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/overhead.md", "docs/quality.md")
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
+KINDS = {"teacache-matched": "TeaCache", BASELINE: "FlowCache", "motioncache-matched": "MotionCache"}
+METHODS = {"vanilla": "vanilla", "teacache": "TeaCache", "flowcache": "FlowCache", "motioncache": "MotionCache"}
+PARTS = ("all", "early", "middle", "late")
+Data = dict[str, Any]
 
 
-def load(name: str) -> dict:
-    """A result file."""
-    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def source(data: dict) -> str:
+def source(data: Data) -> str:
     """The line under a table that says how to make it again."""
     versions = ", ".join(f"{k} {data['versions'][k]}" for k in ("torch", "diffusers"))
     return f"\n`{data['command']}` · {data['date']} · {data['device']} · {versions}\n"
 
 
-def quality_summary(name: str) -> str:
-    """One line per method that was measured at all target shares of token computations, one column per share."""
-    data = load(name)
-    rows = [r for r in data["rows"] if r["target_share"]]
-    shares = sorted({r["target_share"] for r in rows}, reverse=True)
-    by_method: dict[str, dict[float, dict]] = {}
-    for row in rows:
-        by_method.setdefault(row["method"], {})[row["target_share"]] = row
-    whole = {method: of for method, of in by_method.items() if len(of) == len(shares)}
-    lines = [[m, *(f"{of[s]['psnr_db']:.1f} / {of[s]['ssim']:.3f}" for s in shares)] for m, of in whole.items()]
-    floor = next(r for r in data["rows"] if r["method"] == "exact-bfloat16")
-    n = rows[0]["n"]
-    note = (
-        f"\nPSNR in dB / SSIM against exact execution, mean over {n} prompts. Exact in bfloat16 instead of float32: "
-        f"{floor['psnr_db']:.1f} ± {floor['psnr_ci95']:.1f} dB.\n"
-    )
-    return markdown(["method / distance", *(f"{s:.0%} of tokens" for s in shares)], lines) + note + source(data)
+def table1_summary(data: Data) -> str:
+    """One line per model and method, one column per share of compute that was aimed at."""
+    shares = sorted({share for row in data["rows"] if (share := split_name(row["method"])[1])}, reverse=True)
+    found = {(row["model"], *split_name(row["method"])): row for row in data["rows"]}
+    lines, remarks = [], []
+    for model in dict.fromkeys(row["model"] for row in data["rows"]):
+        for kind, name in KINDS.items():
+            rows = [found.get((model, kind, share)) for share in shares]
+            lines.append([model, name, *(f"{r['psnr_db']:.1f} / {r['ssim']:.3f}" if r else "–" for r in rows)])
+        floor = found.get((model, "exact-bfloat16", None))
+        if floor:
+            remarks.append(f"{cell(floor, 'psnr_db')} dB for {model}")
+    note = f"\nPSNR in dB / SSIM against exact execution, mean over {data['rows'][0]['n']} prompts. "
+    note += f"Exact in bfloat16 instead of float32: {', '.join(remarks)}.\n" if remarks else "\n"
+    return markdown_table(["model", "method", *(f"{s:.0%} of FLOPs" for s in shares)], lines) + note + source(data)
 
 
-def quality_details(name: str) -> str:
-    """Every row with its interval, its real share, and the paired difference from the chunk-level method."""
-    data = load(name)
+def comparison(model: str, data: Data) -> str:
+    """Every row of a model, with what the columns mean."""
+    rows = [row for row in data["rows"] if row["model"] == model]
+    return f"{model_table(rows)}\n{notes(rows, [])}{source(data)}"
+
+
+def ablation(data: Data) -> str:
+    """Every row of both models but exact's."""
+    rows = [row for row in data["rows"] if row["psnr_db"] is not None]
+    columns = ("model", "method", "compute_share", "psnr_db", "ssim", "kv_bytes", "minus_flowcache")
+    header = ["model", "method", "compute", "PSNR, dB", "SSIM", "K/V", "ΔPSNR to FlowCache"]
+    lines = [[row["model"], *(cell(row, column) for column in columns[1:])] for row in rows]
+    return markdown_table(header, lines) + source(data)
+
+
+def quoted(family: str) -> str:
+    """What the MotionCache paper reports of a model, slow and fast in one line."""
+    table = next(table for table in load_quoted(family) if table.paper.startswith("MotionCache"))
+    forms = {
+        "pflops": "{:g}",
+        "speedup": "{:.2f}×",
+        "latency_s": "{:g} s",
+        "vbench": "{:.2f}",
+        "psnr_db": "{:.2f}",
+        "ssim": "{:.4f}",
+        "lpips": "{:.4f}",
+    }
     lines = []
-    for r in data["rows"]:
-        psnr, ssim = r.get("psnr_db_minus_chunk_level"), r.get("ssim_minus_chunk_level")
-        lines.append(
-            [
-                r["method"],
-                f"{r['share']:.3f}",
-                f"{r['flops_share']:.3f}",
-                f"{r['psnr_db']:.2f} ± {r['psnr_ci95']:.2f}",
-                f"{r['ssim']:.4f}",
-                f"{psnr[0]:+.2f} ± {psnr[1]:.2f}" if psnr else "",
-                f"{ssim[0]:+.4f} ± {ssim[1]:.4f}" if ssim else "",
-            ]
-        )
-    header = ["method / distance", "tokens", "FLOPs", "PSNR, dB", "SSIM", "ΔPSNR to chunk-level", "ΔSSIM"]
-    return markdown(header, lines) + source(data)
+    for key, name in METHODS.items():
+        rows = [row for row in table.rows if row["method"].partition("-")[0] == key]
+        cells = [" / ".join(form.format(row[c]) for row in rows if c in row) for c, form in forms.items()]
+        lines.append([name + (" slow / fast" if len(rows) > 1 else ""), *cells])
+    return markdown_table(["method", "PFLOPs", "speedup", "latency", "VBench", "PSNR", "SSIM", "LPIPS"], lines)
 
 
-def fidelity(name: str) -> str:
+def fidelity(data: Data) -> str:
     """Scores against the true change of residuals."""
-    data = load(name)
-    columns = ("all", "early", "middle", "late")
-    rows = [[r["score"], r["measure"], *(f"{r[c]:.2f}" for c in columns)] for r in data["rows"]]
-    return markdown(["ranked by", "measure", "all steps", *columns[1:]], rows) + source(data)
+    rows = []
+    for row in data["rows"]:
+        published = " (published)" if row["score"] == data["published"] else ""
+        rows.append(
+            [row["score"] + published, row["measure"], *("–" if row[p] is None else f"{row[p]:.2f}" for p in PARTS)]
+        )
+    spread = data["tokens"]
+    tenth = spread["top"].index(0.1)
+    top = ", ".join(f"{spread[part][tenth]:.0%} {part}" for part in PARTS[1:])
+    note = f"\nPart of the squared change that lies in the top tenth of the tokens: {top}.\n"
+    return markdown_table(["ranked by", "measure", "all steps", *PARTS[1:]], rows) + note + source(data)
 
 
-def overhead(name: str) -> str:
+def paper_flops(data: Data) -> str:
+    """PFLOPs of the papers' videos: theirs, and ours with the tiny models' decisions."""
+    header = ["model", "paper", "method", "quoted", "vanilla", "exact", "our decisions", "on a dense model"]
+    header += ["share that the quote implies", "share decided"]
+    lines = [
+        [
+            *(row["model"], row["paper"], row["method"], f"{row['quoted_pflops']:g}"),
+            *(f"{row[key]:.1f}" for key in ("vanilla_pflops", "exact_pflops", "replayed_pflops")),
+            "–" if row["dense_pflops"] is None else f"{row['dense_pflops']:.1f}",
+            *(f"{row[key]:.2f}" for key in ("implied_share", "recorded_share")),
+        ]
+        for row in data["rows"]
+    ]
+    return markdown_table(header, lines) + source(data)
+
+
+def overhead(data: Data) -> str:
     """Wall time against token share, per model."""
-    data = load(name)
     rows = [[r["model"], f"{r['share']:.3f}", f"{r['time_ratio']:.3f}"] for r in data["rows"]]
     fits = "".join(
         f"\n{model}: time = {line['intercept']:+.3f} + {line['slope']:.3f} · share"
         for model, line in data["lines"].items()
     )
-    header = ["model", "share of tokens", "wall time / exact"]
-    return markdown(header, rows) + fits + "\n" + source(data)
+    return markdown_table(["model", "share of tokens", "wall time / exact"], rows) + fits + "\n" + source(data)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "tiny-skyreels": lambda: quality_summary("quality-skyreels-tiny"),
-    "tiny-skyreels-details": lambda: quality_details("quality-skyreels-tiny"),
-    "tiny-skyreels-scores": lambda: fidelity("score-fidelity-skyreels-tiny"),
-    "overhead": lambda: overhead("overhead"),
+REPRODUCE = "bash scripts/reproduce_table1.sh --tiny"
+FIDELITY = "python -m benchmarks.score_fidelity --config configs/{0}_slow.yaml --output results/score-fidelity-{1}.json"
+ABLATIONS = ("alpha", "chunk-phase", "threshold", "distance", "reuse", "vote", "score", "kv")
+MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
+    "table1": ("table1-tiny", table1_summary, REPRODUCE),
+    "table1-skyreels": ("table1-tiny", partial(comparison, "skyreels-v2-tiny"), REPRODUCE),
+    "table1-magi": ("table1-tiny", partial(comparison, "magi1-tiny"), REPRODUCE),
+    "scores-skyreels": (
+        "score-fidelity-skyreels-tiny",
+        fidelity,
+        FIDELITY.format("skyreels_v2_tiny", "skyreels-tiny"),
+    ),
+    "scores-magi": ("score-fidelity-magi-tiny", fidelity, FIDELITY.format("magi1_tiny", "magi-tiny")),
+    "paper-flops": ("paper-flops", paper_flops, "python -m benchmarks.paper_flops OUT [OUT2]"),
+    "overhead": ("overhead", overhead, "python -m benchmarks.overhead"),
+} | {
+    f"ablation-{name}": (f"ablation-{name}-tiny", ablation, f"python -m benchmarks.table OUT [OUT2] --output …{name}…")
+    for name in ABLATIONS
 }
+"""By name of a table: the result file, what to make of it, and the command that makes the file."""
+QUOTED = {"quoted-skyreels": "SkyReels-V2", "quoted-magi": "MAGI-1"}
+
+
+def table(name: str) -> str:
+    """What stands between the markers of a name."""
+    if name in QUOTED:
+        return quoted(QUOTED[name])
+    file, draw, command = MEASURED[name]
+    path = ROOT / "results" / f"{file}.json"
+    if not path.is_file():
+        return f"Not measured yet; the command is `{command}`.\n"
+    return draw(json.loads(path.read_text(encoding="utf-8")))
 
 
 def main() -> int:
@@ -110,12 +170,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table differs")
     check = parser.parse_args().check
     old = []
-    for name in DOCUMENTS:
-        path = ROOT / name
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        new = MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+        new = MARKED.sub(lambda m: m[1] + table(m[2]) + m[3], text)
         if new != text:
-            old.append(name)
+            old.append(str(path.relative_to(ROOT)))
             if not check:
                 path.write_text(new, encoding="utf-8")
     if old:

@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+from magi_random import make_magi_pipeline
 
-from benchmarks import overhead, quality, score_fidelity
-from common.cache import MotionCacheConfig
+from benchmarks import overhead, score_fidelity, weight_maps
+from common.cache.policy import ChunkStep, Signals
 from common.errors import UserError
 from common.runs import REPOSITORY
 from common.settings import CONFIGS
@@ -30,66 +32,63 @@ def run(module, monkeypatch, *arguments):
     module.main()
 
 
-def test_quality_at_matched_compute(config, tmp_path, monkeypatch):
-    output = tmp_path / "quality.json"
-    arguments = ("--config", config, "--prompts", 2, "--shares", 0.5, 0.3, "--processes", 1, "--output", output)
-    run(quality, monkeypatch, *arguments)
-    data = json.loads(output.read_text())
-    assert not list(tmp_path.glob("*.jsonl"))
-    rows = {(row["method"], row["target_share"]): row for row in data["rows"]}
-    assert {method for method, _ in rows} == {
-        *("flowcache/modulation", "motioncache/modulation", "flowcache/table", "motioncache/table"),
-        *("motioncache+neighbour-kv/table", "flowcache+logsnr/table", "motioncache+logsnr/table", "exact-bfloat16"),
-    }
-    for (method, target), row in rows.items():
-        assert row["n"] == 2 and 0 < row["psnr_db"] <= 100
-        if target:
-            assert row["share"] == pytest.approx(target, abs=0.12), (method, target)
-            assert ("psnr_db_minus_chunk_level" in row) == (not method.startswith("flowcache/"))
-    assert len(data["distances"]["table"]["distance_table"]) == 12
+def small_magi(tmp_path):
+    folder = tmp_path / "magi"
+    make_magi_pipeline().save_pretrained(folder)
+    settings = yaml.safe_load((CONFIGS / "magi1_tiny_slow.yaml").read_text())
+    size = {"model": str(folder), "height": 32, "width": 48, "num_frames": 24, "steps": 8}
+    path = tmp_path / "magi.yaml"
+    path.write_text(yaml.safe_dump(settings | size))
+    return path
 
 
-def test_an_interrupted_measurement_goes_on(config, tmp_path, monkeypatch):
-    output = tmp_path / "quality.json"
-    arguments = ("--config", config, "--prompts", 2, "--shares", 0.5, "--processes", 1, "--output", output)
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(quality, "summarise", stop)
-        run(quality, broken, *arguments)
-    jobs = tmp_path / "quality.jobs.jsonl"
-    finished = jobs.read_text().splitlines()
-    assert len(finished) == 8 + 1 + 2  # recordings, searches, evaluations
-    jobs.write_text("\n".join(finished) + "\n")
-    monkeypatch.setattr(quality, "_record", stop)  # would fail if it were called
-    run(quality, monkeypatch, *arguments)
-    assert output.exists()
-
-
-def test_jobs_of_another_checkpoint_are_refused(config, tmp_path, monkeypatch):
-    output = tmp_path / "quality.json"
-    output.with_suffix(".jobs.jsonl").write_text(json.dumps({"fingerprint": "old", "job": "record 0", "result": []}))
-    with pytest.raises(UserError, match="another checkpoint"):
-        run(quality, monkeypatch, "--config", config, "--output", output, "--processes", 1)
-
-
-def test_chunk_level_threshold_foretells_the_share():
-    changes = [0.0] + [0.1] * 19
-    config = MotionCacheConfig(warmup_steps=4)
-    tau = quality.chunk_level_threshold(changes, config, chunks=1, target=0.4)
-    # Four steps of warm-up, then every fourth of sixteen.
-    assert 0.3 < tau <= 0.4 + 1e-3
-
-
-def test_score_fidelity(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["skyreels", "magi"])
+def test_score_fidelity(model, request, tmp_path, monkeypatch):
+    config = request.getfixturevalue("config") if model == "skyreels" else small_magi(tmp_path)
     output = tmp_path / "fidelity.json"
     run(score_fidelity, monkeypatch, "--config", config, "--prompts", 1, "--output", output)
-    rows = {(row["score"], row["measure"]): row for row in json.loads(output.read_text())["rows"]}
+    data = json.loads(output.read_text())
+    rows = {(row["score"], row["measure"]): row for row in data["rows"]}
+    assert {score for score, _ in rows} == {
+        *("output motion", "latent motion", "input change", "last residual change", "random")
+    }
     assert abs(rows["random", "spearman"]["all"]) < 0.1
-    assert rows["output motion (published)", "ndcg"]["all"] <= 1
-    assert 0.1 <= rows["top tenth of tokens", "share of squared change"]["all"] <= 1
+    assert rows[data["published"], "ndcg"]["all"] <= 1
+    steps = data["steps"][data["published"]]["ndcg"]
+    assert len(steps) == (12 if model == "skyreels" else 8)
+    assert steps[0] is None and None not in steps[1:], "nothing comes before the first step"
+    early = data["tokens"]["early"]
+    assert early == sorted(early) and early[-1] == 1, "all tokens hold all of the change"
+    assert all(held >= share - 0.03 for held, share in zip(early, data["tokens"]["top"], strict=True))
+    chunks = 2 if model == "skyreels" else 3
+    assert len(data["frames"]["change"]) == len(data["frames"]["motion"]) == chunks * (3 if model == "skyreels" else 2)
+
+
+def test_the_last_measured_change_foretells_a_steady_one():
+    """Tokens that change by a factor of their own: ranks by change stay, and nothing else tells them."""
+    recorder = score_fidelity.FidelityRecorder("output motion")
+    rates = torch.linspace(1.1, 2.0, 24).view(1, 24, 1)
+    inputs = torch.ones(1, 24, 4)
+    for k in range(6):
+        step = ChunkStep(0, k, 0, "cond", k, 6, 0.5, (2, 3, 4), 24)
+        signals = Signals(inputs, latents=torch.randn(1, 24, 4))
+        recorder.observe(step, None, None, signals, inputs + rates**k)
+    summary = recorder.summary()
+    steps = summary["steps"]["last residual change"]
+    assert steps["spearman"] == [None, None, 1.0, 1.0, 1.0, 1.0]
+    assert steps["ndcg"][2:] == [1.0] * 4
+    assert summary["rows"][0]["score"] == "output motion"
+
+
+def test_weight_maps_of_a_video(config, tmp_path):
+    figure = weight_maps.draw_weights(config)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title for title in titles if title] == ["latent frame 0", "latent frame 1", "latent frame 2"]
+    chunk_level = tmp_path / "chunk_level.yaml"
+    settings = yaml.safe_load(config.read_text())
+    chunk_level.write_text(yaml.safe_dump(settings | {"cache": settings["cache"] | {"alpha": 1.0}}))
+    with pytest.raises(UserError, match="weighs no tokens"):
+        weight_maps.draw_weights(chunk_level)
 
 
 def test_overhead_rows_and_line(tiny_pipeline_folder, tmp_path, monkeypatch):

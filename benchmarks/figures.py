@@ -1,0 +1,218 @@
+"""The figures of docs/, each from a result file or, for weight maps, from one video.
+
+    python -m benchmarks.figures quality results/table1-tiny.json
+    python -m benchmarks.figures ablation results/ablation-alpha-tiny.json --by alpha
+    python -m benchmarks.figures fidelity results/fidelity-skyreels-v2-tiny.json
+    python -m benchmarks.figures distributions results/fidelity-skyreels-v2-tiny.json
+    python -m benchmarks.figures weights --config configs/skyreels_v2_tiny_slow.yaml
+
+Curves differ in marker and line as well as in colour, so that they can be told apart in print.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.names import BASELINE, split_name
+from benchmarks.plots import MARKS, SERIES, error_bars, new_figure, point, save, styled
+from benchmarks.weight_maps import draw_weights
+from common.cli import run_command
+from common.errors import UserError
+from common.files import make_output_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "docs/figures"
+ENDINGS: dict[str, dict[str, Any]] = {
+    "matched": {"label": "at chosen shares", "style": {}},
+    "slow": {"label": "slow", "style": {"linestyle": "none"}},
+    "fast": {"label": "fast", "style": {"linestyle": "none", "markerfacecolor": "white"}},
+}
+"""Kinds of rows that are drawn of each method."""
+
+
+@styled()
+def quality(data: dict[str, Any]) -> Figure:
+    """PSNR against the share of exact's compute, a panel per model: a line per method at chosen shares, and presets."""
+    models = list(dict.fromkeys(row["model"] for row in data["rows"]))
+    figure, panels = new_figure(len(models))
+    for axes, model in zip(panels, models, strict=True):
+        rows = [row for row in data["rows"] if row["model"] == model and row["psnr_db"] is not None]
+        for family, style in MARKS.items():
+            for ending, change in ENDINGS.items():
+                named = [row for row in rows if split_name(row["method"])[0] == f"{family}-{ending}"]
+                if named:
+                    points = [point(row, "compute_share", "psnr_db") for row in named]
+                    error_bars(axes, points, f"{family}, {change['label']}", {**style, **change["style"]})
+        for floor in [row["psnr_db"] for row in rows if row["method"] == "exact-bfloat16"]:
+            axes.axhline(floor, color="0.4", linestyle=":")
+            axes.annotate("exact in bfloat16", (0.02, floor), xycoords=("axes fraction", "data"), va="bottom")
+        axes.margins(y=0.1)
+        _label(axes, f"{model}, n = {rows[0]['n']}", "share of exact's FLOPs", "PSNR against exact, dB")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled()
+def ablation(data: dict[str, Any], by: str) -> Figure:
+    """What a setting does to PSNR, a panel per model, with the share of compute below.
+
+    Where all methods compute the same share, the difference from FlowCache is drawn: paired per prompt, its interval is
+    many times narrower than that of PSNR itself.
+
+    Args:
+        data: a table's result file.
+        by: setting that the methods differ in, or `method` for all of them side by side.
+
+    Raises:
+        UserError: no method differs in it.
+    """
+    rows = [row for row in data["rows"] if row["psnr_db"] is not None]
+    if by != "method":
+        rows = [row for row in rows if by in row["settings"]]
+        if not rows:
+            known = sorted({name for row in data["rows"] for name in row["settings"]})
+            raise UserError(f"--by {by!r} is not allowed; the methods of this file differ in {', '.join(known)}")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = new_figure(len(models), heights=(3, 1))
+    for column, model in enumerate(models):
+        above, below = panels[column], panels[len(models) + column]
+        found = [row for row in rows if row["model"] == model and split_name(row["method"])[0] != BASELINE]
+        paired = all(row["minus_flowcache"] for row in found)
+        numeric = by != "method" and all(_is_number(row["settings"][by]) for row in found)
+        places = [row["settings"][by] if numeric else number for number, row in enumerate(found)]
+        for family, style in MARKS.items():
+            own = [(x, row) for x, row in zip(places, found, strict=True) if row["method"].startswith(family)]
+            if not own:
+                continue
+            style = style if numeric else {**style, "linestyle": "none"}
+            values = [(row["minus_flowcache"] if paired else (row["psnr_db"], row["psnr_ci95"])) for _, row in own]
+            error_bars(above, [(x, *value) for (x, _), value in zip(own, values, strict=True)], family, style)
+            error_bars(below, [(x, row["compute_share"], None) for x, row in own], family, style)
+        if paired:
+            above.axhline(0, color=MARKS["flowcache"]["color"], label="flowcache, same compute")
+        if not numeric:
+            below.set_xticks(range(len(found)), [row["method"] for row in found], rotation=60, ha="right")
+        above.sharex(below)
+        above.tick_params(labelbottom=False)
+        quantity = "PSNR − FlowCache's, dB" if paired else "PSNR against exact, dB"
+        _label(above, f"{model}, n = {found[0]['n']}", "", quantity)
+        _label(below, "", by.replace("_", " ") if numeric else "", "compute")
+        below.set_ylim(0, 1.2 * max(row["compute_share"] for row in found))
+        above.legend()
+    return figure
+
+
+@styled()
+def fidelity(data: dict[str, Any]) -> Figure:
+    """Rank correlation and NDCG of each score with the true change of residuals, over steps (the paper's Figure 3)."""
+    figure, panels = new_figure(2)
+    for axes, (measure, label) in zip(panels, (("ndcg", "NDCG"), ("spearman", "Spearman correlation")), strict=True):
+        for (score, found), style in zip(data["steps"].items(), SERIES, strict=False):
+            points = [(k, value) for k, value in enumerate(found[measure]) if value is not None]
+            published = " (published)" if score == data["published"] else ""
+            axes.plot(*zip(*points, strict=True), label=score + published, markevery=4, **style)
+        _label(axes, data["model"], "denoising step", label)
+    panels[1].legend()
+    return figure
+
+
+@styled()
+def distributions(data: dict[str, Any]) -> Figure:
+    """How change is spread over tokens, and change and motion of each latent frame (the paper's Figure 2)."""
+    figure, (over_tokens, over_frames) = new_figure(2)
+    top = [0.0, *data["tokens"]["top"]]
+    for part, style in zip(("early", "middle", "late"), SERIES, strict=False):
+        over_tokens.plot(top, [0.0, *data["tokens"][part]], label=f"{part} steps", markevery=4, **style)
+    over_tokens.plot([0, 1], [0, 1], color="0.4", linestyle=":", label="even")
+    over_tokens.legend()
+    _label(over_tokens, data["model"], "share of tokens, most changing first", "share of squared change")
+    names = {"change": "change of residual", "motion": f"{data['published']} (published score)"}
+    for (name, label), style in zip(names.items(), SERIES, strict=False):
+        values = data["frames"][name]
+        mean = sum(values) / len(values)
+        over_frames.plot([value / mean for value in values], label=label, **style)
+    over_frames.set_ylim(bottom=0)
+    over_frames.legend()
+    _label(over_frames, data["model"], "latent frame", "mean over tokens and steps / mean of all")
+    return figure
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+
+
+def _load(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"result file {str(path)!r} cannot be read ({error}); give a file of results/") from error
+    if not isinstance(data, dict) or not set(keys) <= set(data):
+        raise UserError(
+            f"result file {str(path)!r} is of another kind, it has no {' and '.join(keys)}; give another one"
+        )
+    return data
+
+
+OF_TABLES = ("rows", "quoted")
+OF_FIDELITY = ("steps", "tokens", "frames", "model", "published")
+DRAWN: dict[str, tuple[Sequence[str], Callable[..., Figure]]] = {
+    "quality": (OF_TABLES, quality),
+    "ablation": (OF_TABLES, ablation),
+    "fidelity": (OF_FIDELITY, fidelity),
+    "distributions": (OF_FIDELITY, distributions),
+}
+"""What each figure that is drawn from a file needs of it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, (_, draw) in DRAWN.items():
+        sub = names.add_parser(name, help=draw.__doc__.split("\n")[0])
+        sub.add_argument("results", type=Path, metavar="FILE.json")
+        if name == "ablation":
+            sub.add_argument("--by", required=True, metavar="SETTING", help="such as alpha, or 'method'")
+    sub = names.add_parser("weights", help=draw_weights.__doc__.split("\n")[0])
+    sub.add_argument("--config", type=Path, required=True, help="YAML file of either model")
+    sub.add_argument("--seed", type=int, help="instead of the config's")
+    sub.add_argument("--prompt", help="instead of the config's")
+    for sub in names.choices.values():
+        sub.add_argument("--output", type=Path, metavar="NAME.png", help="default: docs/figures/NAME-FILE.png")
+    args = parser.parse_args()
+    if args.name == "weights":
+        source, draw = args.config, partial(draw_weights, args.config, args.prompt, args.seed)
+    else:
+        source = args.results
+        keys, function = DRAWN[args.name]
+        options = (args.by,) if args.name == "ablation" else ()
+        draw = partial(function, _load(source, keys), *options)
+    output = args.output or FIGURES / f"{args.name}-{source.stem.removeprefix(f'{args.name}-')}.png"
+    make_output_folder(output.parent)
+    save(draw(), output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
