@@ -8,6 +8,7 @@ from diffusers.utils import is_flash_attn_available, is_flash_attn_version
 from torch import Tensor
 
 _FLASH_INSTALLED = is_flash_attn_available() and is_flash_attn_version(">=", "2.6.3")  # the least that diffusers takes
+_FEW_QUERIES = 192  # below, PyTorch's CPU kernel takes smaller blocks, and a second thread hardly speeds it up
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendName | None = None) -> Tensor:
@@ -16,12 +17,34 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendN
     Args:
         query: `[batch, queries, heads, head dim]`.
         key, value: `[batch, keys, heads, head dim]`.
-        backend: one chosen by the user. Without one, flash-attn where it is installed and takes the tensors, else
-            diffusers' active backend (PyTorch's scaled dot product unless it was changed).
+        backend: one chosen by the user. Without one, flash-attn where it is installed and takes the tensors, plain
+            matrix products for few float32 queries on several CPU threads, else diffusers' active backend (PyTorch's
+            scaled dot product unless it was changed).
 
     Returns:
         `[batch, queries, heads, head dim]`.
     """
-    if backend is None and _FLASH_INSTALLED and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        backend = AttentionBackendName.FLASH
+    if backend is None:
+        if _FLASH_INSTALLED and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+            backend = AttentionBackendName.FLASH
+        elif _suits_matrix_products(query):
+            return _matrix_products(query, key, value)
     return dispatch_attention_fn(query, key, value, backend=backend)
+
+
+def _suits_matrix_products(query: Tensor) -> bool:
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.float32
+    return on_cpu and query.shape[1] < _FEW_QUERIES and _threads() > 1
+
+
+@torch.compiler.assume_constant_result  # asking for it would split a compiled block
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _matrix_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same with all scores in memory at a time: few queries make that little."""
+    batch, _, heads, width = query.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
+    return (scores.softmax(-1) @ v).unflatten(0, (batch, heads)).transpose(1, 2)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from common.cache.compression import Compression, gather
-from common.cache.mask import nearest_computed
 
 
 @dataclass(frozen=True)
@@ -19,24 +18,15 @@ class Write:
         start: first token of the chunk in the window.
         length: tokens of the chunk.
         tokens: `[count]` indices inside the chunk, or None for all of them.
-        nearest: `[length]` positions in `tokens` (see `nearest_computed`), when reused tokens follow their neighbours.
     """
 
     start: int
     length: int
     tokens: Tensor | None = None
-    nearest: Tensor | None = None
 
     @property
     def end(self) -> int:
         return self.start + self.length
-
-    @classmethod
-    def of(cls, start: int, grid: tuple[int, int, int], tokens: Tensor | None, reused_kv: str) -> Write:
-        """The write of a chunk that starts at token `start`, with `reused_kv` as in `MotionCacheConfig`."""
-        frames, rows, columns = grid
-        follow = reused_kv == "neighbour" and tokens is not None
-        return cls(start, frames * rows * columns, tokens, nearest_computed(tokens, grid) if follow else None)
 
 
 class KVCache:
@@ -103,10 +93,7 @@ class KVCache:
             if write.tokens is None:
                 rows.copy_(new)
                 continue
-            new, tokens = new.to(store.device), write.tokens.to(store.device)
-            if write.nearest is not None:
-                rows += (new - rows[:, tokens])[:, write.nearest.to(store.device)]
-            rows[:, tokens] = new
+            rows.index_copy_(1, write.tokens.to(store.device), new.to(store.device))
         return tuple(store[:, :end].to(key.device) for store in (self._keys[layer], self._values[layer]))
 
     def compress(self, layer: int, query: Tensor, write: Write) -> None:
@@ -137,10 +124,12 @@ class KVCache:
 
     def _allocate(self, rows: int, like: Tensor) -> Tensor:
         batch, _, heads, width = like.shape
-        device = self.storage or like.device
-        # Pinned memory lets the copies back to a GPU run beside its work.
-        pin = device.type == "cpu" and like.device.type == "cuda"
-        return torch.zeros(batch, rows, heads, width, dtype=like.dtype, device=device, pin_memory=pin)
+        if self.storage is None or self.storage == like.device:
+            # A head's rows side by side in memory: attention reads them in runs, the more so the fewer its queries.
+            return torch.zeros(batch, heads, rows, width, dtype=like.dtype, device=like.device).transpose(1, 2)
+        # Rows that travel are side by side instead, and pinned memory lets the copies to a GPU run beside its work.
+        pin = self.storage.type == "cpu" and like.device.type == "cuda"
+        return torch.zeros(batch, rows, heads, width, dtype=like.dtype, device=self.storage, pin_memory=pin)
 
     @property
     def bytes(self) -> int:
