@@ -6,7 +6,7 @@ import re
 
 BASELINE = "flowcache-matched"
 """Kind that others are compared with at the same share of compute."""
-ORDER = ("stock", "exact", "teacache", "flowcache", "motioncache")
+ORDER = ("stock", "exact", "teacache", "flowcache", "motioncache", "best")
 PRESETS = ("slow", "fast")
 
 
@@ -17,9 +17,9 @@ def split_name(method: str) -> tuple[str, float | None]:
 
 
 def preset_of(method: str) -> str | None:
-    """The preset that a method's name ends in: `slow` of `motioncache-slow`, `exact` of `exact`."""
+    """The preset that a method's name ends in: `slow` of `motioncache-slow`, `best` of `best`."""
     last = method.rpartition("-")[2]
-    return last if last in PRESETS or method == "exact" else None
+    return last if last in PRESETS or method in ("exact", "best") else None
 
 
 def reading_order(method: str) -> tuple:

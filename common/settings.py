@@ -14,10 +14,12 @@ from common.files import read_yaml
 from common.runs import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
-STEMS = ("exact", "slow", "fast")
+PAPERS = ("slow", "fast")
+"""The papers' settings of a method; other methods have them too."""
+STEMS = ("exact", *PAPERS, "best")
 VARIANTS: dict[str, dict[str, Any]] = {"flowcache": {"alpha": 1.0}, "teacache": {"method": "teacache"}}
 """What other methods change in a file's cache settings, unless its `variants` say otherwise."""
-PRESETS = (*STEMS, *(f"{variant}-{stem}" for variant in VARIANTS for stem in STEMS[1:]))
+PRESETS = (*STEMS, *(f"{variant}-{stem}" for variant in VARIANTS for stem in PAPERS))
 Kind = Literal["text", "image", "video"]
 """What a video is made from besides the prompt."""
 
@@ -200,7 +202,7 @@ def method_name(settings: RunSettings, config: Path, preset: str | None, options
     own = preset or config.stem.rpartition("_")[2]
     if own not in PRESETS or any(key.startswith("cache.") for key in options):
         return settings.cache.tag
-    return f"motioncache-{own}" if own in STEMS else own
+    return f"motioncache-{own}" if own in PAPERS else own
 
 
 def _stem(preset: str) -> str:

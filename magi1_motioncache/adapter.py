@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from common.cache import ChunkStep, Compression, Engine, MotionCacheConfig, Signals, Trace
-from common.cache.mask import nearest_computed
 from common.cache.policy import Policy
 from common.errors import UserError
 from magi1_motioncache.captions import ChunkCaptions
@@ -90,9 +89,7 @@ class CachedDenoiser(ExactDenoiser):
         def blocks(hidden: Tensor, index: Tensor | None) -> Tensor:
             if index is None:
                 return self.transformer.run_blocks(inputs, self.keys_values(call))
-            follow = self.engine.config.reused_kv == "neighbour"
-            nearest = nearest_computed(index, inputs.grid) if follow else None
-            return self.transformer.run_blocks(inputs.select(index), self.keys_values(call, index, nearest))
+            return self.transformer.run_blocks(inputs.select(index), self.keys_values(call, index))
 
         signals = Signals(inputs.hidden, latents=_patches(self._latents) if self.engine.needs_latents else None)
         role = "refresh" if call.role in (Role.CLEAN, Role.PREFIX) else "denoise"

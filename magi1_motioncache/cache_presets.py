@@ -1,10 +1,11 @@
-"""The papers' cache settings for MAGI-1 4.5B-distill, by name. `configs/magi1_*.yaml` hold whole runs with them."""
+"""Cache settings for MAGI-1 4.5B-distill, by name: the papers' and our own. `configs/magi1_*.yaml` hold whole runs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from common.cache import MotionCacheConfig
+from common.cache.config import BEST
 from common.checks import near_miss
 from common.errors import UserError
 
@@ -30,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flowcache-fast": {**_FLOWCACHE, "threshold": 0.015},
     "teacache-slow": {**_TEACACHE, "threshold": 0.01},
     "teacache-fast": {**_TEACACHE, "threshold": 0.015},
+    "best": {"distance": "input", "warmup_steps": 5, "reuse": "velocity", **BEST, "threshold": 0.01},
 }
 
 
@@ -38,7 +40,8 @@ def cache_preset(name: str) -> MotionCacheConfig:
 
     `slow` is MotionCache as in its public code, but reuses velocities (`reuse: update` is the public form); the
     threshold of `fast` is not published, this one is in the ratio of FlowCache's pair. FlowCache and TeaCache have the
-    thresholds of FlowCache's public code, 0.01 for benchmarks and 0.015 for single runs.
+    thresholds of FlowCache's public code, 0.01 for benchmarks and 0.015 for single runs. `best` is ours, with the first
+    of them (docs/research.md).
 
     Raises:
         UserError: no preset has that name.

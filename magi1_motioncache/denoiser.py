@@ -79,15 +79,12 @@ class ExactDenoiser:
         """Velocity `[1, channels, frames, height, width]` from the block stack's outputs."""
         return self.transformer.unpatchify(self.transformer.head(hidden), inputs.grid)
 
-    def keys_values(
-        self, call: ChunkCall, rows: Tensor | None = None, nearest: Tensor | None = None
-    ) -> ChunkKVView | OwnKeysOnly:
+    def keys_values(self, call: ChunkCall, rows: Tensor | None = None) -> ChunkKVView | OwnKeysOnly:
         """What the chunk attends to, and where its keys go.
 
         Args:
             call: the forward.
             rows: `[count]` indices when only some of the chunk's tokens are run.
-            nearest: as in `ChunkKVCache.write`.
         """
         if call.role is Role.NEAR or call.branch is Pass.UNCOND:
             return OwnKeysOnly()
@@ -101,7 +98,6 @@ class ExactDenoiser:
             start=call.kv_start,
             own_from=call.own_from,
             rows=rows,
-            nearest=nearest,
             final=own is history and call.role in (Role.CLEAN, Role.PREFIX),
         )
 

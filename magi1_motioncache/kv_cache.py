@@ -28,22 +28,13 @@ class ChunkKVCache:
         self._pools: dict[int, Tensor] = {}  # by layer
         self._pooled: dict[int, int] = {}  # by layer, the first chunk that is not in the pool
 
-    def write(
-        self,
-        layer: int,
-        chunk: int,
-        key_value: Tensor,
-        rows: Tensor | None = None,
-        nearest: Tensor | None = None,
-    ) -> None:
+    def write(self, layer: int, chunk: int, key_value: Tensor, rows: Tensor | None = None) -> None:
         """Replace a slot, or some of its rows.
 
         Args:
             layer, chunk: which slot.
             key_value: `[batch, tokens, kv heads, 2 * head dim]`.
             rows: `[tokens]` indices inside the chunk; None replaces the whole slot.
-            nearest: `[chunk tokens]` positions in `rows` (see `nearest_computed`), when the rows that are not replaced
-                move along with the nearest one that is.
 
         Raises:
             KeyError: rows of a slot that was never written as a whole.
@@ -53,8 +44,6 @@ class ChunkKVCache:
             return
         slot = self._slots[layer, chunk]
         new, rows = key_value.to(slot.device), rows.to(slot.device)
-        if nearest is not None:
-            slot += (new - slot[:, rows])[:, nearest.to(slot.device)]
         slot.index_copy_(1, rows, new)
 
     def read(self, layer: int, start: int, end: int) -> list[Tensor]:
@@ -132,7 +121,6 @@ class ChunkKVView:
         start: first chunk attended to.
         own_from: first chunk whose keys come from this pass.
         rows: `[tokens]` indices when the forward runs some of the chunk's tokens, None for all.
-        nearest: as in `ChunkKVCache.write`.
         final: whether the keys that this forward writes are those that stay.
     """
 
@@ -142,7 +130,6 @@ class ChunkKVView:
     start: int
     own_from: int
     rows: Tensor | None = None
-    nearest: Tensor | None = None
     final: bool = False
 
     def update(self, layer: int, key_value: Tensor, query: Tensor) -> Tensor:
@@ -150,7 +137,7 @@ class ChunkKVView:
 
         The rows are read before `query` decides which clean ones are kept for later forwards.
         """
-        self.own.write(layer, self.chunk, key_value, self.rows, self.nearest)
+        self.own.write(layer, self.chunk, key_value, self.rows)
         parts = [part for cache, start, end in self._ranges for part in cache.read(layer, start, end)]
         seen = [part.to(key_value.device) for part in parts]
         rows = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)

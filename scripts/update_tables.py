@@ -26,7 +26,12 @@ from benchmarks.render import cell, model_table, notes
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
-KINDS = {"teacache-matched": "TeaCache", BASELINE: "FlowCache", "motioncache-matched": "MotionCache"}
+KINDS = {
+    "teacache-matched": "TeaCache",
+    BASELINE: "FlowCache",
+    "motioncache-matched": "MotionCache",
+    "best-matched": "best (ours)",
+}
 METHODS = {"vanilla": "vanilla", "teacache": "TeaCache", "flowcache": "FlowCache", "motioncache": "MotionCache"}
 PARTS = ("all", "early", "middle", "late")
 Data = dict[str, Any]
@@ -38,7 +43,7 @@ def source(data: Data) -> str:
     return f"\n`{data['command']}` · {data['date']} · {data['device']} · {versions}\n"
 
 
-def table1_summary(data: Data) -> str:
+def summary(data: Data) -> str:
     """One line per model and method, one column per share of compute that was aimed at."""
     shares = sorted({share for row in data["rows"] if (share := split_name(row["method"])[1])}, reverse=True)
     found = {(row["model"], *split_name(row["method"])): row for row in data["rows"]}
@@ -46,6 +51,8 @@ def table1_summary(data: Data) -> str:
     for model in dict.fromkeys(row["model"] for row in data["rows"]):
         for kind, name in KINDS.items():
             rows = [found.get((model, kind, share)) for share in shares]
+            if not any(rows):
+                continue
             lines.append([model, name, *(f"{r['psnr_db']:.1f} / {r['ssim']:.3f}" if r else "–" for r in rows)])
         floor = found.get((model, "exact-bfloat16", None))
         if floor:
@@ -53,6 +60,17 @@ def table1_summary(data: Data) -> str:
     note = f"\nPSNR in dB / SSIM against exact execution, mean over {data['rows'][0]['n']} prompts. "
     note += f"Exact in bfloat16 instead of float32: {', '.join(remarks)}.\n" if remarks else "\n"
     return markdown_table(["model", "method", *(f"{s:.0%} of FLOPs" for s in shares)], lines) + note + source(data)
+
+
+def presets(data: Data) -> str:
+    """What a user gets: compute, speed and quality of every preset."""
+    rows = [row for row in data["rows"] if row["preset"] and row["method"] != "exact-bfloat16"]
+    rows = [row for row in rows if split_name(row["method"])[1] is None]
+    columns = ("method", "compute_share", "speedup_vs_stock", "speedup_vs_exact", "psnr_db", "ssim")
+    lines = [[row["model"], *(cell(row, column) for column in columns)] for row in rows]
+    header = ["model", "method", "FLOPs, of exact's", "vs stock", "vs exact", "PSNR, dB", "SSIM"]
+    note = f"\nMean over {data['rows'][0]['n']} prompts; one CPU thread.\n"
+    return markdown_table(header, lines) + note + source(data)
 
 
 def comparison(model: str, data: Data) -> str:
@@ -131,11 +149,15 @@ def overhead(data: Data) -> str:
     return markdown_table(["model", "share of tokens", "wall time / exact"], rows) + fits + "\n" + source(data)
 
 
+QUALITY = "python -m benchmarks.table OUT OUT2 --output results/quality-tiny.json"
 REPRODUCE = "bash scripts/reproduce_table1.sh --tiny"
 FIDELITY = "python -m benchmarks.score_fidelity --config configs/{0}_slow.yaml --output results/score-fidelity-{1}.json"
 ABLATIONS = ("alpha", "chunk-phase", "threshold", "distance", "reuse", "vote", "score", "kv")
 MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
-    "table1": ("table1-tiny", table1_summary, REPRODUCE),
+    "quality": ("quality-tiny", summary, QUALITY),
+    "quality-skyreels": ("quality-tiny", partial(comparison, "skyreels-v2-tiny"), QUALITY),
+    "quality-magi": ("quality-tiny", partial(comparison, "magi1-tiny"), QUALITY),
+    "presets": ("table1-tiny", presets, REPRODUCE),
     "table1-skyreels": ("table1-tiny", partial(comparison, "skyreels-v2-tiny"), REPRODUCE),
     "table1-magi": ("table1-tiny", partial(comparison, "magi1-tiny"), REPRODUCE),
     "scores-skyreels": (

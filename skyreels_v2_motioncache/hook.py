@@ -239,12 +239,12 @@ class MotionCacheHook(ModelHook):
 
         def stack(x: Tensor, text: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], mask: None) -> Tensor:
             def blocks(selected: Tensor, index: Tensor | None) -> Tensor:
-                m, r = modulation, rope
+                m, r = modulation, attention.rotary_table(*rope)
                 if index is not None:
-                    r = tuple(table[:, index] for table in rope)
+                    r = r[:, index]
                     m = modulation[:, :, index] if modulation.dim() == 4 else modulation
                 self.call.kv, self.call.prompt_kv = branch.kv, branch.prompt_kv
-                self.call.write = Write.of(start, grid, index, self.engine.config.reused_kv)
+                self.call.write = Write(start, tokens, index)
                 self.call.final = self._becomes_final(iteration, chunk)
                 try:
                     for block in stock_blocks:

@@ -8,7 +8,7 @@ import torch
 
 from common.cache import KVCache, MotionCacheConfig, Record, Trace, Write
 from common.cache.distance import joint_relative_l1, log_snr, relative_l1, rescale, table_entry
-from common.cache.mask import bucketed, most_urgent, nearest_computed, temporal_vote
+from common.cache.mask import bucketed, graded, most_urgent, temporal_vote
 from common.cache.motion import motion_map, motion_weights
 from common.cache.residual import ReuseBuffer
 from common.errors import UserError
@@ -62,9 +62,9 @@ def test_bucketed():
     assert [bucketed(n, 4, 10) for n in (1, 4, 5, 9)] == [4, 4, 8, 10]
 
 
-def test_nearest_computed():
-    near = nearest_computed(torch.tensor([0, 7]), (2, 2, 2))
-    assert near.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+def test_graded_thresholds_rise_over_the_first_four_chunks():
+    assert [graded(0.6, place) for place in range(6)] == pytest.approx([0.4, 0.8, 1.2, 1.6, 1.6, 1.6])
+    assert [graded(0.0, place) for place in range(6)] == [1.0] * 6
 
 
 def test_distances():
@@ -111,6 +111,12 @@ class TestReuseBuffer:
         buffer.store(line(4.0)[:, some], 4.0, some)
         torch.testing.assert_close(buffer.predict(6.0, offset.device), line(6.0), atol=1e-4, rtol=1e-4)
 
+    def test_a_weight_follows_the_line_part_of_the_way(self):
+        buffer = ReuseBuffer(order=1, weight=0.75)
+        for time in (0.0, 2.0):
+            buffer.store(torch.full((1, 2, 3), time), time)
+        torch.testing.assert_close(buffer.predict(6.0, torch.device("cpu")), torch.full((1, 2, 3), 5.0))
+
     def test_change_is_relative_l1_per_token(self):
         buffer = ReuseBuffer(track_change=True)
         buffer.store(torch.ones(1, 3, 2), 0.0)
@@ -140,17 +146,6 @@ class TestKVCache:
         torch.testing.assert_close(values, expected)
         assert cache.bytes == 2 * 16 * 2 * 4 * 4
 
-    def test_reused_rows_follow_their_nearest_computed_neighbour(self):
-        cache = KVCache(layers=1, tokens=8)
-        k = torch.randn(1, 8, 1, 2)
-        cache.update(0, k.clone(), k.clone(), Write(0, 8))
-        tokens = torch.tensor([0, 7])
-        moved = k[:, tokens] + torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)
-        write = Write.of(0, (2, 2, 2), tokens, "neighbour")
-        keys, _ = cache.update(0, moved, moved, write)
-        change = torch.tensor([1.0] * 4 + [-2.0] * 4).view(1, 8, 1, 1)
-        torch.testing.assert_close(keys, k + change)
-
     def test_final_rows_cannot_be_written(self):
         cache = KVCache(layers=1, tokens=8)
         k = torch.randn(1, 4, 1, 2)
@@ -171,6 +166,9 @@ class TestConfig:
             ({"threshold": -1}, "allowed: at least 0"),
             ({"threshold": float("nan")}, "outside its range"),
             ({"budget": 0}, "allowed: 0.01 to 1"),
+            ({"grading": 1.0}, "allowed: 0 to 0.95"),
+            ({"extrapolation_weight": 1.5}, "allowed: 0 to 1"),
+            ({"grading": 0.5, "method": "teacache"}, "decides once for all chunks"),
             ({"warmup_steps": 0}, "allowed: at least 1"),
             ({"warmup_steps": 2.5}, "give a whole number"),
             ({"temporal_vote": 1}, "give true or false"),

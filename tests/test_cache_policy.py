@@ -164,6 +164,39 @@ def test_budget_in_the_chunk_phase_spaces_whole_steps():
     assert decisions(engine) == ["full"] * 2 + ["reuse", "reuse", "reuse", "full"] * 2 + ["reuse"] * 2
 
 
+def computed_per_chunk(config: MotionCacheConfig, chunks: int, first: int = 0) -> list[int]:
+    """Tokens computed of each chunk, when the chunks from number `first` on are denoised together."""
+    engine = Engine(config)
+    engine.start_window()
+    for step in range(STEPS):
+        x = torch.full((1, TOKENS, 6), 1.1**step)
+        for chunk in range(first, first + chunks):
+            engine.run_blocks(
+                ChunkStep(0, step, chunk, "cond", step, STEPS, 0.5, GRID, TOKENS), Signals(x), lambda v, _: v * 1.5
+            )
+            engine.finish(x)
+    counts = dict.fromkeys(range(first, first + chunks), 0)
+    for record in engine.trace.records:
+        counts[record.chunk] += record.tokens
+    return list(counts.values())
+
+
+@pytest.mark.parametrize("how_much", [{"threshold": 0.25}, {"budget": 0.3}], ids=str)
+def test_grading_computes_first_chunks_more_often_and_later_ones_alike(how_much):
+    even = computed_per_chunk(BASE.replace(alpha=1.0, **how_much), 6)
+    assert len(set(even)) == 1
+    counts = computed_per_chunk(BASE.replace(alpha=1.0, grading=0.6, **how_much), 6)
+    assert counts == sorted(counts, reverse=True) and counts[0] > even[0] > counts[3] == counts[4] == counts[5]
+    # A window whose first chunks are given grades those that are denoised.
+    assert computed_per_chunk(BASE.replace(alpha=1.0, grading=0.6, **how_much), 6, first=2) == counts
+
+
+def test_grading_also_holds_for_tokens():
+    config = BASE.replace(alpha=0.5, chunk_phase=0, min_update_share=0.0, score="input_change", grading=0.6)
+    counts = computed_per_chunk(config, 4)
+    assert counts[0] > counts[3]
+
+
 def test_buckets_round_up():
     config = BASE.replace(alpha=0.0, min_update_share=0.0, temporal_vote=False, bucket=4)
     _, seen = drive(config)

@@ -44,7 +44,7 @@ def cached(case: Case, config: MotionCacheConfig) -> CachedDenoiser:
     [
         MotionCacheConfig.preset("exact"),
         CACHED.replace(budget=1.0),
-        CACHED.replace(budget=None, threshold=0.0, reuse="residual", reused_kv="neighbour", extrapolation="logsnr"),
+        CACHED.replace(budget=None, threshold=0.0, reuse="residual", extrapolation="logsnr"),
         CACHED.replace(budget=None, threshold=0.0, reuse="update"),
         CACHED.replace(budget=None, threshold=0.0, method="teacache"),
     ],

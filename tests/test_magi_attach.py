@@ -77,14 +77,6 @@ def test_where_the_state_is_kept_changes_nothing(pipe, changes):
     assert torch.equal(latents, cached(pipe, CACHED.replace(**kept))[0])
 
 
-def test_reused_keys_can_follow_their_neighbours(pipe):
-    """They differ from stale ones, and with every token computed they do not."""
-    followed, _ = cached(pipe, CACHED.replace(reused_kv="neighbour"))
-    assert not torch.equal(followed, cached(pipe, CACHED)[0])
-    whole, _ = cached(pipe, CACHED.replace(reused_kv="neighbour", budget=1.0))
-    torch.testing.assert_close(whole, generate(pipe))
-
-
 def test_misuse_is_named(pipe):
     with pytest.raises(UserError, match="no cache to remove"):
         remove_motioncache(pipe)

@@ -70,7 +70,7 @@ def test_frozen_prefix_noise_is_close_but_cheaper():
         {"threshold": 0.0},
         {"budget": 1.0},
         {"threshold": 0.0, "reuse": "velocity", "score": "latent_motion"},
-        {"threshold": 0.0, "extrapolation": "logsnr", "reused_kv": "neighbour"},
+        {"threshold": 0.0, "extrapolation": "logsnr"},
         {"threshold": 0.0, "state_device": "cpu"},
     ],
     ids=str,

@@ -197,7 +197,7 @@ def data(samples, tmp_path):
 
 
 def test_summary_in_a_document(documents, data):
-    text = documents.table1_summary(data)
+    text = documents.summary(data)
     assert "| skyreels-v2-tiny | FlowCache | 31.0 / 0.900 | – |" in text
     assert "| skyreels-v2-tiny | MotionCache | 29.5 / 0.900 | 21.0 / 0.900 |" in text
     assert "mean over 3 prompts. Exact in bfloat16 instead of float32: 51.00 ± 2.48 dB for skyreels-v2-tiny." in text

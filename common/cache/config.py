@@ -37,6 +37,10 @@ class MotionCacheConfig:
         budget: share of a chunk's tokens to compute at each step of the token phase, the most urgent ones, instead of
             comparing with `threshold`; in the chunk phase a whole chunk is computed each time its share adds up to
             one. Shapes are the same at every step and nothing is read back from the device. Not for TeaCache.
+        grading: how much more often a video's first chunks are computed than its later ones, whose errors spread less:
+            `threshold` counts times 1 - grading for the first chunk that is denoised, times 1 + grading for the fourth
+            and all after it, in even steps between (see `mask.graded`). 0 treats all alike, as published. A `budget`
+            is divided by the same factor. Not for TeaCache.
         distance: what Δ of Eq. 12 measures between this step and the previous one: `"modulation"` (relative L1 of the
             time modulation, rescaled by `polynomial`), `"input"` (relative L1 of the embedded input) or `"table"`
             (`distance_table`, measured beforehand).
@@ -52,8 +56,8 @@ class MotionCacheConfig:
             unchanged it carries the old step's size along).
         extrapolation: `"hold"` uses the cached value as it is; `"sigma"` and `"logsnr"` extend the last two computed
             values linearly over σ or over λ = log((1-σ)/σ). They keep two values per token instead of one.
-        reused_kv: K/V of tokens that are not computed at a step that computes others: `"stale"` (as published) or
-            `"neighbour"` (moved by the change of the nearest computed token of the same chunk).
+        extrapolation_weight: share of the extended change that is added to the held value: 1 follows the line, less
+            trusts it less.
         bucket: numbers of selected tokens are rounded up to a multiple of this; the surplus goes to the next most
             urgent tokens. Keeps shapes few for compiled blocks.
         kv_budget: chunks' worth of clean K/V to keep per KV head (FlowCache's compression, see `compression`); `None`
@@ -79,13 +83,14 @@ class MotionCacheConfig:
     min_update_share: float = 0.4
     temporal_vote: bool = True
     budget: float | None = None
+    grading: float = 0.0
     distance: Literal["modulation", "input", "table"] = "modulation"
     polynomial: tuple[float, ...] | None = None
     distance_table: tuple[float, ...] | None = None
     score: Literal["output_motion", "latent_motion", "input_change", "residual_change"] = "output_motion"
     reuse: Literal["residual", "velocity", "update"] = "residual"
     extrapolation: Literal["hold", "sigma", "logsnr"] = "hold"
-    reused_kv: Literal["stale", "neighbour"] = "stale"
+    extrapolation_weight: float = 1.0
     bucket: int = 1
     kv_budget: int | None = None
     kv_granularity: Literal["token", "frame", "chunk"] = "token"
@@ -111,6 +116,13 @@ class MotionCacheConfig:
             check_range("budget", self.budget, 0.01, 1.0)
             if self.method == "teacache":
                 raise UserError(f"budget: {self.budget:g} is not allowed for method 'teacache'; set threshold instead")
+        check_range("extrapolation_weight", self.extrapolation_weight, 0.0, 1.0)
+        check_range("grading", self.grading, 0.0, 0.95)
+        if self.grading and self.method == "teacache":
+            raise UserError(
+                f"grading: {self.grading:g} is not allowed for method 'teacache', which decides once for all chunks; "
+                "set it to 0"
+            )
         if self.distance == "table" and not self.distance_table:
             raise UserError(
                 "distance: 'table' needs distance_table, one Δ per denoising step; measure one or use 'input'"
@@ -134,12 +146,16 @@ class MotionCacheConfig:
         how_much = f"t{self.threshold:g}" if self.budget is None else f"b{self.budget:g}"
         per_token = [f"a{self.alpha:g}", f"k{self.chunk_phase}"] if self.method == "motioncache" else []
         parts = [self.method, how_much, *per_token, f"w{self.warmup_steps}", self.distance]
+        if self.grading:
+            parts.append(f"g{self.grading:g}")
         default = type(self)()
         parts += [
             str(getattr(self, n))
-            for n in ("score", "reuse", "extrapolation", "reused_kv")
+            for n in ("score", "reuse", "extrapolation")
             if getattr(self, n) != getattr(default, n)
         ]
+        if self.extrapolation != "hold" and self.extrapolation_weight != 1.0:
+            parts.append(f"x{self.extrapolation_weight:g}")
         if self.kv_budget is not None:
             parts.append(f"kv{self.kv_budget}{self.kv_granularity}")
         return "-".join(parts)
@@ -164,11 +180,12 @@ class MotionCacheConfig:
 
     @classmethod
     def preset(cls, name: str) -> MotionCacheConfig:
-        """A named setting of the papers, for a model with a time modulation.
+        """A named setting for a model with a time modulation: the papers', and our own `best`.
 
         `exact`: no caching. `slow`: MotionCache as published, τ = 0.1. `fast`: τ = 0.15; the paper does not publish its
         fast threshold, this is FlowCache's. `flowcache-slow`, `flowcache-fast`: the same with α = 1. `teacache-slow`,
         `teacache-fast`: TeaCache with the same thresholds; the papers do not publish the ones they used for it.
+        `best`: what docs/research.md found to be nearest to exact at the same compute, at the threshold of `slow`.
 
         Raises:
             UserError: no preset has that name.
@@ -178,6 +195,13 @@ class MotionCacheConfig:
         return cls(**PRESETS[name])
 
 
+BEST: dict[str, Any] = {
+    "alpha": 1.0,
+    "grading": 0.5,
+    "extrapolation": "logsnr",
+    "extrapolation_weight": 0.75,
+}
+"""What `best` changes in a model's published settings."""
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"method": "exact"},
     "slow": {},
@@ -186,4 +210,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flowcache-fast": {"alpha": 1.0, "threshold": 0.15},
     "teacache-slow": {"method": "teacache"},
     "teacache-fast": {"method": "teacache", "threshold": 0.15},
+    "best": BEST,
 }

@@ -123,7 +123,8 @@ class Engine:
         if key not in self._states:
             cfg = self.config
             order = 0 if cfg.extrapolation == "hold" else 1
-            buffer = ReuseBuffer(order, self._storage, track_change=cfg.score == "residual_change")
+            track_change = cfg.score == "residual_change"
+            buffer = ReuseBuffer(order, self._storage, track_change, cfg.extrapolation_weight)
             self._states[key] = ChunkState(buffer)
         return self._states[key]
 

@@ -5,6 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+GRADED_CHUNKS = 4
+"""Chunks over which a grading rises; in the published settings four or five are denoised at the same time."""
+
+
+def graded(grading: float, place: int) -> float:
+    """Factor on a chunk's threshold: 1 - grading for the first chunk, 1 + grading from the fourth on, evenly between.
+
+    The mean over the first four chunks is 1.
+
+    Args:
+        grading: 0 to below 1.
+        place: of the chunk among those that are denoised, from 0.
+    """
+    last = GRADED_CHUNKS - 1
+    return 1.0 + grading * (2.0 * min(place, last) / last - 1.0)
+
 
 def temporal_vote(wanted: Tensor, frames: int) -> Tensor:
     """Per spatial position, all frames of the chunk if more than half of them want it, else none.
@@ -39,23 +55,3 @@ def most_urgent(urgency: Tensor, count: int, wanted: Tensor | None = None) -> Te
     if wanted is not None:
         urgency = urgency + wanted * (urgency.abs().amax() * 2 + 1)
     return torch.topk(urgency, count, sorted=False).indices.sort().values
-
-
-def nearest_computed(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """For every token of a chunk, which of the computed ones is nearest (same frame preferred, then space).
-
-    Args:
-        tokens: `[count]` indices of the computed tokens.
-        grid: frames, rows and columns.
-
-    Returns:
-        `[tokens]` int64, positions in `tokens`.
-    """
-    frames, rows, columns = grid
-    index = torch.arange(frames * rows * columns, device=tokens.device)
-
-    def position(i: Tensor) -> Tensor:
-        # A frame apart counts as four rows: content moves little from frame to frame, but phases of rotary keys do.
-        return torch.stack([4 * (i // (rows * columns)), i // columns % rows, i % columns], dim=1).float()
-
-    return torch.cdist(position(index), position(tokens)).argmin(dim=1)

@@ -182,9 +182,15 @@ class MotionCachePolicy(ExactPolicy):
     """MotionCache (arXiv 2605.01725), coarse to fine; with α = 1 it stays coarse and is FlowCache's decision."""
 
     config: MotionCacheConfig = field(default_factory=MotionCacheConfig)
+    _first_chunk: int | None = field(default=None, init=False)  # the first of the window that is denoised
+
+    def start_window(self) -> None:
+        self._first_chunk = None
 
     def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
         cfg = self.config
+        if self._first_chunk is None:  # chunks begin in causal order; given ones are not denoised
+            self._first_chunk = step.chunk
         change = measured_change(cfg, [(step, state, signals)])
         if step.step < cfg.warmup_steps or state.accumulated is None:
             # A branch may begin late in a chunk's life (a distilled MAGI-1's second look): it has nothing to reuse yet.
@@ -192,7 +198,11 @@ class MotionCachePolicy(ExactPolicy):
             return FULL
         weights = state.weights if state.weights is not None else 1.0
         state.accumulated = state.accumulated + weights * change
-        choice = self._by_threshold(step, state) if cfg.budget is None else self._by_budget(step, state)
+        grade = mask.graded(cfg.grading, step.chunk - self._first_chunk)
+        if cfg.budget is None:
+            choice = self._by_threshold(step, state, cfg.threshold * grade)
+        else:
+            choice = self._by_budget(step, state, min(cfg.budget / grade, 1.0))
         if choice.decision != "reuse":
             state.updates += 1
             if choice.tokens is None:
@@ -226,9 +236,9 @@ class MotionCachePolicy(ExactPolicy):
         reached = state.updates if cfg.chunk_phase_unit == "updates" else step.step + 1
         return reached >= cfg.chunk_phase
 
-    def _by_threshold(self, step: ChunkStep, state: ChunkState) -> Choice:
+    def _by_threshold(self, step: ChunkStep, state: ChunkState, threshold: float) -> Choice:
         cfg = self.config
-        wanted = state.accumulated >= cfg.threshold
+        wanted = state.accumulated >= threshold
         if state.weights is None:  # all tokens stand at the same value
             return FULL if bool(wanted[0]) else REUSE
         if cfg.temporal_vote:
@@ -241,15 +251,14 @@ class MotionCachePolicy(ExactPolicy):
             return FULL
         return Choice("select", mask.most_urgent(state.accumulated, count, wanted))
 
-    def _by_budget(self, step: ChunkStep, state: ChunkState) -> Choice:
-        cfg = self.config
+    def _by_budget(self, step: ChunkStep, state: ChunkState, budget: float) -> Choice:
         if state.weights is None:
-            state.credit += cfg.budget
+            state.credit += budget
             if state.credit < 1.0 - 1e-9:
                 return REUSE
             state.credit -= 1.0
             return FULL
-        count = mask.bucketed(max(1, round(cfg.budget * step.tokens)), cfg.bucket, step.tokens)
+        count = mask.bucketed(max(1, round(budget * step.tokens)), self.config.bucket, step.tokens)
         return FULL if count == step.tokens else Choice("select", mask.most_urgent(state.accumulated, count))
 
     def _scores(

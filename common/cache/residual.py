@@ -16,12 +16,20 @@ class ReuseBuffer:
         order: 0 keeps one value per token, 1 keeps two and extrapolates.
         storage: device that holds the values between uses; None leaves them where they were computed.
         track_change: keep `change`, the relative L1 change of each token's value between its last two measurements.
+        weight: share of the extrapolated change that counts.
     """
 
-    def __init__(self, order: int = 0, storage: torch.device | None = None, track_change: bool = False) -> None:
+    def __init__(
+        self,
+        order: int = 0,
+        storage: torch.device | None = None,
+        track_change: bool = False,
+        weight: float = 1.0,
+    ) -> None:
         self.order = order
         self.storage = storage
         self.track_change = track_change
+        self.weight = weight
         self.last: Tensor | None = None
         self.before: Tensor | None = None
         self.last_time: Tensor | None = None
@@ -77,7 +85,7 @@ class ReuseBuffer:
     def predict(self, time: float, device: torch.device) -> Tensor:
         """The chunk's values at `time`, `[batch, tokens, channels]` on `device`.
 
-        First order is Taylor's: last + slope·(time - last_time), per token; a token measured once is held.
+        First order is Taylor's: last + weight·slope·(time - last_time), per token; a token measured once is held.
         """
         if self.last is None or self.last_time is None:
             raise RuntimeError("nothing was computed yet that could be reused")
@@ -85,7 +93,8 @@ class ReuseBuffer:
             return self.last.to(device)
         span = self.last_time - self.before_time
         ratio = torch.where(span.abs() > 1e-12, (time - self.last_time) / span, torch.zeros_like(span))
-        return torch.lerp(self.before, self.last, (1 + ratio).to(self.last.dtype)[None, :, None]).to(device)
+        place = (1 + self.weight * ratio).to(self.last.dtype)[None, :, None]
+        return torch.lerp(self.before, self.last, place).to(device)
 
 
 def _relative_change(new: Tensor, old: Tensor) -> Tensor:
