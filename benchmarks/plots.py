@@ -26,7 +26,7 @@ SERIES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "marker": "x", "linestyle": (0, (5, 1))},
 )
 """Colour, marker and line of each curve; colours of Okabe and Ito, which colour-blind readers can tell apart."""
-MARKS = dict(zip(("teacache", "flowcache", "motioncache"), SERIES, strict=False))
+MARKS = dict(zip(("teacache", "flowcache", "motioncache", "best"), SERIES, strict=False))
 """The curve that a method always is."""
 STYLE = {"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7, "lines.markersize": 4, "lines.linewidth": 1.2}
 PANE = (3.6, 2.9)

@@ -57,20 +57,9 @@ def summary(data: Data) -> str:
         floor = found.get((model, "exact-bfloat16", None))
         if floor:
             remarks.append(f"{cell(floor, 'psnr_db')} dB for {model}")
-    note = f"\nPSNR in dB / SSIM against exact execution, mean over {data['rows'][0]['n']} prompts. "
-    note += f"Exact in bfloat16 instead of float32: {', '.join(remarks)}.\n" if remarks else "\n"
+    note = f"\nPSNR in dB / SSIM against exact execution, mean over {data['rows'][0]['n']} prompts."
+    note += f" Exact in bfloat16 instead of float32: {', '.join(remarks)}.\n" if remarks else "\n"
     return markdown_table(["model", "method", *(f"{s:.0%} of FLOPs" for s in shares)], lines) + note + source(data)
-
-
-def presets(data: Data) -> str:
-    """What a user gets: compute, speed and quality of every preset."""
-    rows = [row for row in data["rows"] if row["preset"] and row["method"] != "exact-bfloat16"]
-    rows = [row for row in rows if split_name(row["method"])[1] is None]
-    columns = ("method", "compute_share", "speedup_vs_stock", "speedup_vs_exact", "psnr_db", "ssim")
-    lines = [[row["model"], *(cell(row, column) for column in columns)] for row in rows]
-    header = ["model", "method", "FLOPs, of exact's", "vs stock", "vs exact", "PSNR, dB", "SSIM"]
-    note = f"\nMean over {data['rows'][0]['n']} prompts; one CPU thread.\n"
-    return markdown_table(header, lines) + note + source(data)
 
 
 def comparison(model: str, data: Data) -> str:
@@ -157,7 +146,7 @@ MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
     "quality": ("quality-tiny", summary, QUALITY),
     "quality-skyreels": ("quality-tiny", partial(comparison, "skyreels-v2-tiny"), QUALITY),
     "quality-magi": ("quality-tiny", partial(comparison, "magi1-tiny"), QUALITY),
-    "presets": ("table1-tiny", presets, REPRODUCE),
+    "best": ("best-tiny", ablation, "python -m benchmarks.table OUT OUT2 --output results/best-tiny.json"),
     "table1-skyreels": ("table1-tiny", partial(comparison, "skyreels-v2-tiny"), REPRODUCE),
     "table1-magi": ("table1-tiny", partial(comparison, "magi1-tiny"), REPRODUCE),
     "scores-skyreels": (
