@@ -134,21 +134,21 @@ class Runs:
 
     def _results(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         keys = [self._key(run) for run in runs]
-        todo = {key: run for key, run in zip(keys, runs, strict=True) if not self._is_done(key, run)}
-        if todo:
-            with self.reporter.stage(_label(runs[0]), len(todo)) as advance:
-                for key, result in self._made(todo):
-                    self._add(key, todo[key], result)
+        missing = {key: run for key, run in zip(keys, runs, strict=True) if not self._is_done(key, run)}
+        if missing:
+            with self.reporter.stage(_label(runs[0]), len(missing)) as advance:
+                for key, result in self._made(missing):
+                    self._add(key, missing[key], result)
                     advance()
         return [self._known[key] for key in keys]
 
-    def _made(self, todo: dict[str, Run]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _made(self, missing: dict[str, Run]) -> Iterator[tuple[str, dict[str, Any]]]:
         """Results by key, as they come."""
         if self._pool is None:
-            for key, run in todo.items():
+            for key, run in missing.items():
                 yield key, make(self._load(), run)
         else:
-            futures: dict[Future, str] = {self._pool.submit(_make_there, run): key for key, run in todo.items()}
+            futures: dict[Future, str] = {self._pool.submit(_make_there, run): key for key, run in missing.items()}
             for future in as_completed(futures):
                 yield futures[future], future.result()
 

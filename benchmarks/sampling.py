@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,6 +168,7 @@ class Sampler:
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "commit": git_commit(),
+            "run": uuid.uuid4().hex,  # times compare within one run of one process
         }
 
     def make(self, method: Method, prompt: Prompt, generators: dict[torch.dtype, Generator]) -> None:

@@ -55,7 +55,8 @@ def row_of(collection: Collection, method: str) -> dict[str, Any]:
 
     Returns:
         `compute_share` and `token_share`: of exact's FLOPs and token computations, mean over prompts. `pflops` and
-        `latency_s`: of one video, mean. Speedups: ratio of the summed seconds of all prompts. `kv_bytes`: the most
+        `latency_s`: of one video, mean. Speedups: ratio of the summed seconds of all prompts
+        whose two samples are of one run (see `_speedup`). `kv_bytes`: the most
         that any prompt held. `psnr_db`, `ssim`, `lpips`: against exact, with half widths as `psnr_ci95`.
         `minus_flowcache`: mean and half width of the paired difference in PSNR from FlowCache at the same target
         share. None where a figure does not apply.
@@ -198,8 +199,10 @@ def _minus_flowcache(collection: Collection, method: str) -> list[float | None] 
     return [_short(value) for value in mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])]
 
 
-def _speedup(own: Iterable[Facts], reference: Iterable[Facts]) -> float:
-    return _short(sum(facts["seconds"] for facts in reference) / sum(facts["seconds"] for facts in own))
+def _speedup(own: Iterable[Facts], reference: Iterable[Facts]) -> float | None:
+    """Of the prompts that one process made both ways in one run: at another time the machine may be busier."""
+    pairs = [(a["seconds"], b["seconds"]) for a, b in zip(own, reference, strict=True) if a["run"] == b["run"]]
+    return _short(sum(b for _, b in pairs) / sum(a for a, _ in pairs)) if pairs else None
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -40,11 +40,6 @@ class ModelCost:
         branches = {r.branch for r in trace.records}
         return sum(map(self.record_flops, trace.records)) + len(branches) * self.prompt
 
-    def exact_flops(self, trace: Trace) -> float:
-        """The same chunks and steps with every token computed."""
-        full = [Record(**{**vars(r), "tokens": r.tokens_total}) for r in trace.records]
-        return self.trace_flops(Trace(records=full))
-
     def window_forward(self, chunks: int, chunk_tokens: int) -> float:
         """One forward over a window as the stock model counts it: block-causal area, prompt K/V anew."""
         rows = sum(self.blocks(chunk_tokens, (c + 1) * chunk_tokens) for c in range(chunks))

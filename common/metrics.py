@@ -111,11 +111,6 @@ class Difference:
     half_width: float
     count: int
 
-    @property
-    def is_significant(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return abs(self.mean) > self.half_width
-
     def __str__(self) -> str:
         return f"{self.mean:+.2f} ± {self.half_width:.2f}"
 
@@ -134,18 +129,6 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Differe
     spread = differences.std(ddof=1) / np.sqrt(len(differences))
     quantile = stats.t.ppf(0.975, df=len(differences) - 1)
     return Difference(float(differences.mean()), float(quantile * spread), len(differences))
-
-
-def match_pairs(ours: dict[str, float], theirs: dict[str, float]) -> tuple[list[float], list[float]]:
-    """Values of two methods in one order, for the keys (prompt and seed) that both have.
-
-    Raises:
-        ValueError: they share no key.
-    """
-    keys = sorted(ours.keys() & theirs.keys())
-    if not keys:
-        raise ValueError("the two methods have no prompt and seed in common")
-    return [ours[k] for k in keys], [theirs[k] for k in keys]
 
 
 def _pair(video: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,6 +39,7 @@ def write_samples(root: Path, methods: dict[str, tuple[float, float]], prompts: 
                 "threads": 1,
                 "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
                 "commit": "abc",
+                "run": "first",
                 "config": {**settings, "cache": None if method == "stock" else own},
                 "files": {},
             }

@@ -181,6 +181,16 @@ def test_paper_flops_of_samples(samples, tmp_path, monkeypatch):
     assert row["implied_share"] == pytest.approx(0.3625, abs=1e-3)
 
 
+def test_times_of_different_runs_are_not_compared(tmp_path):
+    root = write_samples(tmp_path, {"exact": (1.0, 0.0), "motioncache-slow": (0.5, 30.0)})
+    later = sorted((root / "motioncache-slow").glob("*-prompt.json"))
+    for count, expected in ((1, 2.0), (3, None)):
+        for path in later[:count]:
+            path.write_text(json.dumps({**json.loads(path.read_text()), "run": "second", "seconds": 0.1}))
+        row = table.rows_of(collect(root))[1]
+        assert (row["speedup_vs_exact"], row["psnr_db"]) == (expected, 31.0)
+
+
 @pytest.fixture(scope="module")
 def documents():
     """The script that writes tables into documents, as a module."""
