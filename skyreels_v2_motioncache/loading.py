@@ -15,6 +15,7 @@ from diffusers import (
 )
 
 from common.checkpoints import loading
+from common.convolutions import use_onednn
 from common.devices import Offload
 from common.settings import Kind
 from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC
@@ -65,5 +66,7 @@ def place_pipeline(pipe: Any, device: torch.device, offload: Offload = "none") -
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
     else:
         pipe.to(device)
+        if device.type == "cpu":
+            use_onednn(pipe.vae)
     if offload != "none":
         pipe.vae.enable_tiling()

@@ -33,12 +33,12 @@ class Phase:
 
 PHASES = (
     # What a shape looks like is learned from pictures: a step holds nine times as many of them as of chunks.
-    Phase("pictures", 64, 0.5),
-    Phase("small", 64, 0.6, (1, 1, 1, 1, 2, 2, 2, 3, 4)),
-    Phase("full", FULL_SIZE, 1.0, (1, 1, 1, 1, 2, 2, 2, 3, 4)),
+    Phase("pictures", 64, 0.4),
+    # How it moves takes windows of several chunks, which are cheap while they are small.
+    Phase("small", 64, 0.8, (1, 1, 2, 2, 2, 3, 3, 4, 4)),
+    Phase("full", FULL_SIZE, 1.0, (1, 1, 2, 2, 2, 3, 3, 4, 4)),
 )
-"""From cheap to dear. Mostly short windows: more clips for the same time, and what a clip shows is decided in its
-first chunk."""
+"""From cheap to dear. Windows of one chunk stay among them: what a clip shows is decided in its first chunk."""
 
 
 @dataclass(frozen=True)
