@@ -59,7 +59,8 @@ def row_of(collection: Collection, method: str) -> dict[str, Any]:
         whose two samples are of one run (see `_speedup`). `kv_bytes`: the most
         that any prompt held. `psnr_db`, `ssim`, `lpips`: against exact, with half widths as `psnr_ci95`.
         `minus_flowcache`: mean and half width of the paired difference in PSNR from FlowCache at the same target
-        share. None where a figure does not apply.
+        share. `psnr_by_prompt`: in the order of prompts, so that any two rows can be paired. None where a figure does
+        not apply.
     """
     stems = collection.stems
     own = [collection.samples[method][stem] for stem in stems]
@@ -86,6 +87,9 @@ def row_of(collection: Collection, method: str) -> dict[str, Any]:
         "kv_bytes": max(facts["peak_bytes"].get("kv", 0) for facts in own) or None,
         "vbench": collection.vbench.get(method, {}).get("total"),
         "minus_flowcache": _minus_flowcache(collection, method),
+        "psnr_by_prompt": [_short(scores[stem]["psnr_db"]) for stem in stems]
+        if (scores := collection.scores.get(method))
+        else None,
         "n": len(stems),
     }
 
@@ -140,7 +144,8 @@ def write_csv(path: Path, data: dict[str, Any]) -> None:
     for row in rows:
         mean, half = row.pop("minus_flowcache", None) or (None, None)
         row |= {"minus_flowcache": mean, "minus_flowcache_ci95": half}
-        row.pop("settings", None)
+        for several in ("settings", "psnr_by_prompt"):
+            row.pop(several, None)
     names = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")

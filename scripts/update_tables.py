@@ -23,12 +23,15 @@ from benchmarks.markdown import markdown_table
 from benchmarks.names import BASELINE, split_name
 from benchmarks.quoted import load_quoted
 from benchmarks.render import cell, model_table, notes
+from common.metrics import paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 KINDS = {
     "teacache-matched": "TeaCache",
+    "flowcache-modulation": "FlowCache, published distance",
     BASELINE: "FlowCache",
+    "flowcache-table": "FlowCache, measured distance",
     "motioncache-matched": "MotionCache",
     "best-matched": "best (ours)",
 }
@@ -47,18 +50,14 @@ def summary(data: Data) -> str:
     """One line per model and method, one column per share of compute that was aimed at."""
     shares = sorted({share for row in data["rows"] if (share := split_name(row["method"])[1])}, reverse=True)
     found = {(row["model"], *split_name(row["method"])): row for row in data["rows"]}
-    lines, remarks = [], []
+    lines = []
     for model in dict.fromkeys(row["model"] for row in data["rows"]):
         for kind, name in KINDS.items():
             rows = [found.get((model, kind, share)) for share in shares]
             if not any(rows):
                 continue
             lines.append([model, name, *(f"{r['psnr_db']:.1f} / {r['ssim']:.3f}" if r else "–" for r in rows)])
-        floor = found.get((model, "exact-bfloat16", None))
-        if floor:
-            remarks.append(f"{cell(floor, 'psnr_db')} dB for {model}")
-    note = f"\nPSNR in dB / SSIM against exact execution, mean over {data['rows'][0]['n']} prompts."
-    note += f" Exact in bfloat16 instead of float32: {', '.join(remarks)}.\n" if remarks else "\n"
+    note = f"\nPSNR in dB / SSIM against exact execution, mean over {data['rows'][0]['n']} prompts.\n"
     return markdown_table(["model", "method", *(f"{s:.0%} of FLOPs" for s in shares)], lines) + note + source(data)
 
 
@@ -75,6 +74,35 @@ def ablation(data: Data) -> str:
     header = ["model", "method", "compute", "PSNR, dB", "SSIM", "K/V", "ΔPSNR to FlowCache"]
     lines = [[row["model"], *(cell(row, column) for column in columns[1:])] for row in rows]
     return markdown_table(header, lines) + source(data)
+
+
+def differences(data: Data) -> str:
+    """`best` against chunk-level caching, at the same share of compute and at more, paired per prompt."""
+    found = {(row["model"], *split_name(row["method"])): row for row in data["rows"]}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in data["rows"]):
+        shares = sorted({share for name, _, share in found if name == model and share}, reverse=True)
+        kinds = dict.fromkeys(kind for name, kind, share in found if name == model and kind.startswith("flowcache-"))
+        for ours in shares:
+            best = found.get((model, "best-matched", ours))
+            if best is None:
+                continue
+            for kind in kinds:
+                for theirs in shares:
+                    row = found.get((model, kind, theirs))
+                    if row is None or theirs < ours:
+                        continue
+                    gain = paired_difference(best["psnr_by_prompt"], row["psnr_by_prompt"])
+                    cells = [model, best["method"], row["method"], f"{gain.mean:+.2f} ± {gain.half_width:.2f} dB"]
+                    lines.append(cells)
+    return markdown_table(["model", "method", "against", "ΔPSNR"], lines) + source(data)
+
+
+def floor(data: Data) -> str:
+    """What rounding alone does to each model's videos."""
+    rows = [row for row in data["rows"] if row["method"] == "exact-bfloat16"]
+    lines = [[row["model"], cell(row, "psnr_db"), cell(row, "ssim"), str(row["n"])] for row in rows]
+    return markdown_table(["model", "PSNR of exact in bfloat16, dB", "SSIM", "prompts"], lines) + source(data)
 
 
 def quoted(family: str) -> str:
@@ -138,15 +166,17 @@ def overhead(data: Data) -> str:
     return markdown_table(["model", "share of tokens", "wall time / exact"], rows) + fits + "\n" + source(data)
 
 
-QUALITY = "python -m benchmarks.table OUT OUT2 --output results/quality-tiny.json"
+BEST = "python -m benchmarks.table OUT OUT2 --output results/best-tiny.json"
 REPRODUCE = "bash scripts/reproduce_table1.sh --tiny"
 FIDELITY = "python -m benchmarks.score_fidelity --config configs/{0}_slow.yaml --output results/score-fidelity-{1}.json"
 ABLATIONS = ("alpha", "chunk-phase", "threshold", "distance", "reuse", "vote", "score", "kv")
 MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
-    "quality": ("quality-tiny", summary, QUALITY),
-    "quality-skyreels": ("quality-tiny", partial(comparison, "skyreels-v2-tiny"), QUALITY),
-    "quality-magi": ("quality-tiny", partial(comparison, "magi1-tiny"), QUALITY),
-    "best": ("best-tiny", ablation, "python -m benchmarks.table OUT OUT2 --output results/best-tiny.json"),
+    "quality": ("best-tiny", summary, BEST),
+    "quality-skyreels": ("best-tiny", partial(comparison, "skyreels-v2-tiny"), BEST),
+    "quality-magi": ("best-tiny", partial(comparison, "magi1-tiny"), BEST),
+    "differences": ("best-tiny", differences, BEST),
+    "parts": ("parts-tiny", ablation, "python -m benchmarks.table OUT OUT2 --output results/parts-tiny.json"),
+    "floor": ("floor-tiny", floor, "python -m benchmarks.table OUT OUT2 --output results/floor-tiny.json"),
     "table1-skyreels": ("table1-tiny", partial(comparison, "skyreels-v2-tiny"), REPRODUCE),
     "table1-magi": ("table1-tiny", partial(comparison, "magi1-tiny"), REPRODUCE),
     "scores-skyreels": (

@@ -27,6 +27,7 @@ METHODS = {
     "flowcache-matched@0.4": (0.41, 30.0),
     "motioncache-matched@0.4": (0.39, 28.5),
     "motioncache-matched@0.2": (0.2, 20.0),
+    "best-matched@0.2": (0.2, 33.0),
 }
 
 
@@ -46,6 +47,7 @@ def test_rows(samples):
     assert flowcache["compute_share"] == flowcache["token_share"] == 0.41
     assert flowcache["pflops"] == pytest.approx(0.41 * 2e-3)
     assert (flowcache["psnr_db"], flowcache["n"], flowcache["kv_bytes"]) == (31.0, 3, 4096)
+    assert (flowcache["psnr_by_prompt"], rows["exact"]["psnr_by_prompt"]) == ([30.0, 31.0, 32.0], None)
     # Three prompts one dB apart: Student's t of two degrees of freedom, 4.303, over √3.
     assert flowcache["psnr_ci95"] == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
     assert flowcache["speedup_vs_exact"] == pytest.approx(1 / 0.41, rel=1e-4)
@@ -86,7 +88,7 @@ def test_an_unfinished_folder_is_refused_and_says_how_to_go_on(samples):
     for name in ("0001-prompt.json", "0001-prompt.scores.json"):
         (samples / "flowcache-slow" / name).unlink()
     with pytest.raises(
-        UserError, match=r"1 of 24 samples .* 'flowcache-slow/0001-prompt'; go on with: python -m bench"
+        UserError, match=r"1 of 27 samples .* 'flowcache-slow/0001-prompt'; go on with: python -m bench"
     ):
         collect(samples)
     assert rows_by_method(samples, partial=True)["stock"]["n"] == 2
@@ -210,8 +212,18 @@ def test_summary_in_a_document(documents, data):
     text = documents.summary(data)
     assert "| skyreels-v2-tiny | FlowCache | 31.0 / 0.900 | – |" in text
     assert "| skyreels-v2-tiny | MotionCache | 29.5 / 0.900 | 21.0 / 0.900 |" in text
-    assert "mean over 3 prompts. Exact in bfloat16 instead of float32: 51.00 ± 2.48 dB for skyreels-v2-tiny." in text
+    assert "mean over 3 prompts." in text
     assert f"\n`python -m benchmarks.table out` · {data['date']} · cpu · torch 2.13.0, diffusers 0.42.1\n" in text
+
+
+def test_differences_in_a_document(documents, data):
+    lines = documents.differences(data).splitlines()
+    assert "| skyreels-v2-tiny | best-matched@0.2 | flowcache-matched@0.4 | +3.00 ± 0.00 dB |" in lines
+    assert not [line for line in lines if "flowcache-slow" in line], "presets have no share to compare at"
+
+
+def test_floor_in_a_document(documents, data):
+    assert "| skyreels-v2-tiny | 51.00 ± 2.48 | 0.9000 ± 0.0000 | 3 |" in documents.floor(data)
 
 
 def test_rows_in_a_document(documents, data):
