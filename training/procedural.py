@@ -1,8 +1,7 @@
 """Captioned procedural video: textured sprites moving over textured backgrounds.
 
 Everything is a pure function of `(split, index)`: the words, the geometry and the pixels. A clip is made in three
-stages, `draw_words` (what the caption says) -> `place` (what it leaves open) -> `render` (pixels), so that a caption
-can also be parsed back with `parse_caption` and drawn again with another geometry.
+stages: `draw_words` (what the caption says) -> `place` (what it leaves open) -> `render` (pixels).
 """
 
 import itertools
@@ -41,7 +40,6 @@ MOTION_PHRASES: dict[str, tuple[str, ...]] = {
     "spinning": ("spinning", "turning around"),
     "still": ("standing still", "staying in place"),
 }
-PHRASE_MOTIONS = {phrase: motion for motion, phrases in MOTION_PHRASES.items() for phrase in phrases}
 PREFIX = "a video of "
 PAN_PHRASES: dict[str, tuple[str, ...]] = {"left": ("panning left",), "right": ("panning right",)}
 TWO_SPRITES_SHARE = 0.2
@@ -147,42 +145,6 @@ def caption_of(words: SceneWords, rng: np.random.Generator) -> str:
         ground = pick((f"a static {ground}", f"a {ground}"))
     prefix = pick(("", "", PREFIX))
     return f"{prefix}{' and '.join(phrases)} {pick(('over', 'on'))} {ground}"
-
-
-def parse_caption(caption: str) -> SceneWords:
-    """Read a caption of this grammar back into words.
-
-    Raises:
-        UserError: if the caption is not of the grammar.
-    """
-    text = caption.strip().lower().removeprefix(PREFIX)
-    for preposition in (" over a ", " on a "):
-        if preposition in text:
-            subject, ground = text.split(preposition, 1)
-            break
-    else:
-        raise UserError(f"caption {caption!r} names no background: end it like 'over a static striped grey background'")
-    ground, pan = ground.removeprefix("static "), "static"
-    for direction, phrases in PAN_PHRASES.items():
-        for phrase in phrases:
-            if ground.endswith(" " + phrase):
-                ground, pan = ground.removesuffix(" " + phrase), direction
-    ground_words = ground.split()
-    if len(ground_words) != 3 or ground_words[0] not in TEXTURES or ground_words[1] not in GROUNDS:
-        raise UserError(
-            f"background {ground!r} is unknown: say '{{{'|'.join(TEXTURES)}}} {{{'|'.join(GROUNDS)}}} background'"
-        )
-    sprites = []
-    # "jumping up and down" holds an "and" that joins no sprites.
-    for phrase in subject.replace("up and down", "up&down").split(" and "):
-        _, colour, shape, *motion = [*phrase.replace("up&down", "up and down").split(), "", "", ""]
-        motion = PHRASE_MOTIONS.get(" ".join(motion).strip())
-        if colour not in COLOURS or shape not in SHAPES or motion is None:
-            raise UserError(
-                f"sprite {phrase!r} is unknown: say 'a <colour> <shape> <motion>' as in 'a red circle moving left'"
-            )
-        sprites.append(SpriteWords(colour, shape, motion))
-    return SceneWords(tuple(sprites), ground_words[0], ground_words[1], pan)
 
 
 def place(words: SceneWords, rng: np.random.Generator, size: int = 96) -> Scene:
@@ -341,6 +303,7 @@ def prompts(split: str, count: int = 32) -> list[str]:
 
 def vocabulary() -> list[str]:
     """Return every word of the grammar, sorted."""
-    phrases = [PREFIX, "a an and over on static background", *PHRASE_MOTIONS, *itertools.chain(*PAN_PHRASES.values())]
+    variants = itertools.chain(*MOTION_PHRASES.values(), *PAN_PHRASES.values())
+    phrases = [PREFIX, "a an and over on static background", *variants]
     words = {word for phrase in phrases for word in phrase.split()}
     return sorted(words | {*COLOURS, *GROUNDS, *SHAPES, *TEXTURES})
