@@ -88,7 +88,8 @@ class Runs:
             self._pool.shutdown(cancel_futures=True)
 
     def exact(self, takes: Sequence[Take], frames: bool = False) -> list[dict[str, Any]]:
-        """Figures of exact runs, in order: `flops`, `seconds`, `records` and, for each of them, `savings`."""
+        """Figures of exact runs, in order: `flops`, `seconds`, `records` and, for each of them, `savings` and
+        `token_savings`."""
         cache = EXACT.replace(state_device=self.settings.cache.state_device)
         return self._results([Run("exact", t, cache, self._reference(t) if frames else None) for t in takes])
 
@@ -122,7 +123,10 @@ class Runs:
         """Share of exact's FLOPs of a run that need not be made (see `is_foretellable`)."""
         exact = self.exact([take])[0]
         told = foretell([Record(*row) for row in exact["records"]], cache)
-        saved = sum(saving for saving, record in zip(exact["savings"], told, strict=True) if record.tokens == 0)
+        saved = sum(
+            part * (record.tokens_total - record.tokens) if record.tokens else whole
+            for whole, part, record in zip(exact["savings"], exact["token_savings"], told, strict=True)
+        )
         return 1 - saved / exact["flops"]
 
     def forget_references(self) -> None:
@@ -185,6 +189,7 @@ def make(subject: Subject, run: Run) -> dict[str, Any]:
     if run.kind == "exact":
         figures["records"] = [list(dataclasses.astuple(record)) for record in made.trace.records]
         figures["savings"] = savings(generator, made.trace)
+        figures["token_savings"] = token_savings(generator, made.trace)
     if run.reference is not None:
         frames = np.round(np.clip(made.frames, 0, 1) * 255).astype(np.uint8)  # as a video file holds them
         if run.kind == "exact":
@@ -198,14 +203,24 @@ def make(subject: Subject, run: Run) -> dict[str, Any]:
 
 def savings(generator: Generator, trace: Trace) -> list[float]:
     """FLOPs that each record of a trace would take less if its tokens were reused."""
+    return _less(generator, trace, 0)
+
+
+def token_savings(generator: Generator, trace: Trace) -> list[float]:
+    """FLOPs that each record of a trace would take less per reused token, as long as one of its tokens is computed."""
+    return [less / max(r.tokens - 1, 1) for less, r in zip(_less(generator, trace, 1), trace.records, strict=True)]
+
+
+def _less(generator: Generator, trace: Trace, tokens: int) -> list[float]:
+    """What the FLOPs of each record exceed those with so many tokens by."""
     known: dict[tuple, float] = {}
     found = []
     for record in trace.records:
         kind = (record.branch, record.role, record.kv_tokens, record.tokens)
         if kind not in known:
-            reused = dataclasses.replace(record, tokens=0)
-            full, none = (generator.trace_flops(Trace(records=[r])) for r in (record, reused))
-            known[kind] = full - none
+            fewer = dataclasses.replace(record, tokens=tokens)
+            full, rest = (generator.trace_flops(Trace(records=[r])) for r in (record, fewer))
+            known[kind] = full - rest
         found.append(known[kind])
     return found
 

@@ -46,5 +46,5 @@ def _matrix_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same with all scores in memory at a time: few queries make that little."""
     batch, _, heads, width = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
-    return (scores.softmax(-1) @ v).unflatten(0, (batch, heads)).transpose(1, 2)
+    scores = torch.bmm(q * width**-0.5, k.transpose(1, 2))
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, (batch, heads)).transpose(1, 2)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from common.cache import ChunkStep, Compression, Engine, MotionCacheConfig, Signals, Trace
+from common.cache.kv_line import KeyValueLine
 from common.cache.policy import Policy
 from common.errors import UserError
 from magi1_motioncache.captions import ChunkCaptions
 from magi1_motioncache.denoiser import ExactDenoiser
+from magi1_motioncache.kv_cache import ChunkKVCache, ChunkKVView, ExtendedKeys, OwnKeysOnly
 from magi1_motioncache.plan import ChunkCall, Pass, Role, SamplingPlan
 from magi1_motioncache.transformer import PATCH, ChunkInputs, Magi1Transformer3DModel
 
@@ -44,7 +47,12 @@ class CachedDenoiser(ExactDenoiser):
         super().__init__(transformer, captions, plan)
         check_config(config)
         self.engine = Engine(config, Trace(keep_maps=keep_maps), policy)
-        for cache in self.caches.values():
+        self._lines: dict[str, KeyValueLine] = {}
+        self._own: dict[str, ChunkKVCache] = {}
+        if config.token_level or policy is not None:
+            # Passes that leave no trace for other chunks still attend to the keys of their own reused tokens.
+            self._own = {branch: ChunkKVCache() for branch in (Pass.UNCOND.value, Role.NEAR.value)}
+        for cache in (*self.caches.values(), *self._own.values()):
             cache.storage = self.engine.storage
             self.engine.watch(cache)
         self._latents: Tensor | None = None
@@ -79,6 +87,10 @@ class CachedDenoiser(ExactDenoiser):
         if call.role in (Role.CLEAN, Role.PREFIX):
             for branch in (call.branch.value, Role.NEAR.value, Pass.UNCOND.value):
                 self.engine.release(call.chunk, branch)
+            for cache in self._own.values():
+                cache.drop_before(call.chunk + 1)
+            for line in self._lines.values():
+                line.release(call.chunk)
         return velocity
 
     def run_blocks(self, call: ChunkCall, inputs: ChunkInputs) -> Tensor:
@@ -87,20 +99,39 @@ class CachedDenoiser(ExactDenoiser):
             cache.compression = Compression.of(self.engine.config, inputs.grid)
 
         def blocks(hidden: Tensor, index: Tensor | None) -> Tensor:
-            if index is None:
-                return self.transformer.run_blocks(inputs, self.keys_values(call))
-            return self.transformer.run_blocks(inputs.select(index), self.keys_values(call, index))
+            chosen = inputs if index is None else inputs.select(index)
+            return self.transformer.run_blocks(chosen, self._extended(step, call, index))
 
         signals = Signals(inputs.hidden, latents=_patches(self._latents) if self.engine.needs_latents else None)
         role = "refresh" if call.role in (Role.CLEAN, Role.PREFIX) else "denoise"
-        return self.engine.run_blocks(self._step(call, inputs), signals, blocks, role)
+        step = self._step(call, inputs)
+        return self.engine.run_blocks(step, signals, blocks, role)
+
+    def _extended(self, step: ChunkStep, call: ChunkCall, rows: Tensor | None) -> ChunkKVView | OwnKeysOnly:
+        """`keys_values`, with those of tokens that are not run extended where the config says so."""
+        seen = self.keys_values(call, rows)
+        if step.branch not in self._lines:
+            line = self.engine.new_line()
+            if line is None:
+                return seen
+            self._lines[step.branch] = line
+        if call.role in (Role.CLEAN, Role.PREFIX):
+            return seen
+        return replace(seen, extended=ExtendedKeys(self._lines[step.branch], call.chunk, self.engine.time(step), rows))
+
+    def keys_values(self, call: ChunkCall, rows: Tensor | None = None) -> ChunkKVView | OwnKeysOnly:
+        """What the chunk attends to (see `ExactDenoiser`)."""
+        cache = self._own.get(_branch(call))
+        if cache is None:
+            return super().keys_values(call, rows)
+        return ChunkKVView(cache, cache, call.chunk, start=call.chunk, own_from=call.chunk, rows=rows)
 
     def _step(self, call: ChunkCall, inputs: ChunkInputs) -> ChunkStep:
         return ChunkStep(
             window=0,
             iteration=call.iteration,
             chunk=call.chunk,
-            branch=Role.NEAR.value if call.role is Role.NEAR else call.branch.value,
+            branch=_branch(call),
             step=call.step,
             num_steps=self.plan.config.num_steps,
             sigma=1.0 - call.t,  # MAGI's time runs from noise to clean
@@ -112,6 +143,11 @@ class CachedDenoiser(ExactDenoiser):
     def finish(self, call: ChunkCall, inputs: ChunkInputs, hidden: Tensor) -> Tensor:
         """Velocity `[1, channels, frames, height, width]` from the block stack's outputs."""
         return self.transformer.unpatchify(self.engine.finish(self.transformer.head(hidden)), inputs.grid)
+
+
+def _branch(call: ChunkCall) -> str:
+    """What decides, and keeps residuals, apart from the others."""
+    return Role.NEAR.value if call.role is Role.NEAR else call.branch.value
 
 
 def check_config(config: MotionCacheConfig) -> None:

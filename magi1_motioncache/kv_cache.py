@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.cache.compression import Compression, gather
+from common.cache.kv_line import KeyValueLine
 
 
 class ChunkKVCache:
@@ -111,6 +112,27 @@ class ChunkKVCache:
 
 
 @dataclass(frozen=True)
+class ExtendedKeys:
+    """A chunk's keys and values of which a forward computes some or all, and a line gives the others.
+
+    Attributes:
+        line: of this pass.
+        chunk: index of the chunk.
+        time: time variable of the line.
+        rows: `[tokens]` indices that the forward runs, None for all.
+    """
+
+    line: KeyValueLine
+    chunk: int
+    time: float
+    rows: Tensor | None
+
+    def update(self, layer: int, key_value: Tensor, query: Tensor) -> Tensor:
+        """Take in `[batch, count, kv heads, 2 * head dim]` and return those of all the chunk's tokens."""
+        return self.line.complete(layer, self.chunk, (key_value,), self.time, self.rows)[0]
+
+
+@dataclass(frozen=True)
 class ChunkKVView:
     """What one chunk's forward sees: it writes its own slot and attends to a range of chunks that ends with itself.
 
@@ -122,6 +144,7 @@ class ChunkKVView:
         own_from: first chunk whose keys come from this pass.
         rows: `[tokens]` indices when the forward runs some of the chunk's tokens, None for all.
         final: whether the keys that this forward writes are those that stay.
+        extended: extends the keys of the chunk's other tokens when some are run; None leaves them.
     """
 
     own: ChunkKVCache
@@ -131,13 +154,17 @@ class ChunkKVView:
     own_from: int
     rows: Tensor | None = None
     final: bool = False
+    extended: ExtendedKeys | None = None
 
     def update(self, layer: int, key_value: Tensor, query: Tensor) -> Tensor:
         """Store `[batch, tokens, kv heads, 2 * head dim]`, return the rows of the whole range.
 
         The rows are read before `query` decides which clean ones are kept for later forwards.
         """
-        self.own.write(layer, self.chunk, key_value, self.rows)
+        if self.extended is None:
+            self.own.write(layer, self.chunk, key_value, self.rows)
+        else:
+            self.own.write(layer, self.chunk, self.extended.update(layer, key_value, query))
         parts = [part for cache, start, end in self._ranges for part in cache.read(layer, start, end)]
         seen = [part.to(key_value.device) for part in parts]
         rows = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)

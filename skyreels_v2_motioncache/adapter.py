@@ -94,7 +94,7 @@ def apply_motioncache(
     hook = MotionCacheHook(with_polynomial(config, transformer), prefix_noise, keep_maps, policy)
     registry.register_hook(hook, HOOK)
     hook.installed_forward = transformer.forward
-    attention.install(transformer, hook.call)
+    attention.install(transformer)
     _listen(pipe, hook)
     return MotionCacheHandle(hook)
 

@@ -1,31 +1,49 @@
-"""Attention processors that route a chunk's K/V through the cache. Outside a chunk's call they step aside."""
+"""Attention processors that route a chunk's K/V through the cache. Outside a chunk's call they step aside.
+
+What they need of a call comes in the arguments of the stock block that it merely hands on: then a compiled block has
+no layer's or chunk's values built in.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.attention import attend
-from common.cache import KVCache, Write
+from common.cache import Write
+from common.cache.kv import LayerKV
 
 
 @dataclass
-class ChunkCall:
-    """Where the running chunk's K/V go, shared by the processors of all layers. `write` is None outside a call.
+class Place:
+    """Where one layer's K/V of the running chunk go; a block gets it in place of rotary tables.
 
     Attributes:
-        kv: K/V of the running branch.
+        table: the computed tokens' rotary embedding, see `rotary_table`.
+        kv: the layer's K/V in the running branch.
         write: rows that this call writes.
-        final: whether it makes the chunk's K/V final, after which clean K/V may be compressed.
-        prompt_kv: per layer, K/V of the branch's prompt for cross-attention; filled at the first use.
+        compress: whether clean K/V are to be compressed after it.
     """
 
-    kv: KVCache | None = None
-    write: Write | None = None
-    final: bool = False
-    prompt_kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    table: Tensor
+    kv: LayerKV
+    write: Write
+    compress: bool
+
+
+@dataclass
+class Prompt:
+    """A branch's prompt for one layer; a block gets it in place of text embeddings.
+
+    Attributes:
+        text: `[batch, text tokens, channels]`.
+        kv: its K and V, projected at the first use.
+    """
+
+    text: Tensor
+    kv: tuple[Tensor, Tensor] | None = None
 
 
 class _Processor:
@@ -33,10 +51,8 @@ class _Processor:
 
     _parallel_config = None
 
-    def __init__(self, stock, layer: int, call: ChunkCall) -> None:
+    def __init__(self, stock) -> None:
         self.stock = stock
-        self.layer = layer
-        self.call = call
         self._attention_backend = stock._attention_backend
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,18 +64,19 @@ class CachedSelfAttention(_Processor):
     """Self-attention of a chunk's tokens, all or selected, to everything up to the chunk's end in the window."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
-        if self.call.write is None:
+        if not isinstance(rotary_emb, Place):
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        place = rotary_emb
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value))
-        query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
-        key, value = self.call.kv.update(self.layer, key, value, self.call.write)
+        query, key = rotate(query, place.table), rotate(key, place.table)
+        key, value = place.kv.update(key, value, place.write)
         out = self._attend(query, key, value)
-        if self.call.final:
-            self.call.kv.compress(self.layer, query, self.call.write)
+        if place.compress:
+            place.kv.compress(query, place.write)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -67,17 +84,19 @@ class CachedCrossAttention(_Processor):
     """Cross-attention to the prompt, whose K/V are projected once per prompt and branch."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None, **kwargs):
-        if self.call.write is None or attn.add_k_proj is not None:
-            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
-        if self.layer not in self.call.prompt_kv:
+        prompt = encoder_hidden_states
+        if not isinstance(prompt, Prompt):
+            return self.stock(attn, hidden_states, prompt, attention_mask, rotary_emb, **kwargs)
+        if attn.add_k_proj is not None:
+            return self.stock(attn, hidden_states, prompt.text, attention_mask, rotary_emb, **kwargs)
+        if prompt.kv is None:
             if attn.fused_projections:
-                key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+                key, value = attn.to_kv(prompt.text).chunk(2, dim=-1)
             else:
-                key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-            key, value = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k(key), value))
-            self.call.prompt_kv[self.layer] = (key, value)
+                key, value = attn.to_k(prompt.text), attn.to_v(prompt.text)
+            prompt.kv = (attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        out = self._attend(query, *self.call.prompt_kv[self.layer])
+        out = self._attend(query, *prompt.kv)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -106,11 +125,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
 
-def install(transformer, call: ChunkCall) -> None:
+def install(transformer) -> None:
     """Put cached processors in front of the stock ones of every block."""
-    for layer, block in enumerate(transformer.blocks):
-        block.attn1.set_processor(CachedSelfAttention(block.attn1.processor, layer, call))
-        block.attn2.set_processor(CachedCrossAttention(block.attn2.processor, layer, call))
+    for block in transformer.blocks:
+        block.attn1.set_processor(CachedSelfAttention(block.attn1.processor))
+        block.attn2.set_processor(CachedCrossAttention(block.attn2.processor))
 
 
 def uninstall(transformer) -> None:

@@ -15,7 +15,6 @@ from common.cache import MotionCacheConfig, Trace
 from common.cache.policy import Policy
 from common.devices import synchronize
 from common.generator import Denoised, OnFrames, OnIteration
-from common.video import fit_frames
 from skyreels_v2_motioncache.adapter import MotionCacheHandle, apply_motioncache, remove_motioncache
 from skyreels_v2_motioncache.cost import model_cost
 from skyreels_v2_motioncache.settings import RunSettings
@@ -24,15 +23,15 @@ from skyreels_v2_motioncache.windows import Window
 
 
 class Generator(generator.Generator):
-    """One video's inputs, prepared once, so that runs of the pipeline differ in nothing but how they compute.
+    """One video of the stock pipeline (see the base class).
 
     Args:
         pipe: stock pipeline for the settings' kind of input, on its device.
-        settings: checked against the model.
-        windows: as planned for it.
-        image: `[height, width, 3]` uint8, for image-to-video.
-        video: `[frames, height, width, 3]` uint8, for video-to-video.
+        settings, image, video: as in the base class.
+        windows: as planned for the settings.
     """
+
+    settings: RunSettings
 
     def __init__(
         self,
@@ -42,10 +41,8 @@ class Generator(generator.Generator):
         image: np.ndarray | None = None,
         video: np.ndarray | None = None,
     ) -> None:
-        self.pipe, self.settings, self.windows = pipe, settings, windows
-        size = settings.height, settings.width
-        self.given_video = None if video is None else fit_frames(video, *size)
-        self.given_image = None if image is None else fit_frames(image[None], *size)[0]
+        super().__init__(settings, image, video)
+        self.pipe, self.windows = pipe, windows
         self.has_prefix = any(window.prefix for window in windows)
         self.iterations = [self._count_iterations(window) for window in windows]
         self.stock = None if settings.stock == "none" else StockReference(pipe, settings, windows, self.iterations)

@@ -18,7 +18,7 @@ from common.cache.policy import Policy
 from skyreels_v2_motioncache import attention
 from skyreels_v2_motioncache.patches import from_tokens, to_tokens
 from skyreels_v2_motioncache.plan import WindowPlan
-from skyreels_v2_motioncache.routing import Stack, chunk_routing
+from skyreels_v2_motioncache.routing import Route, Stack, chunk_routing
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ class BranchState(BaseState):
     iteration: int = 0
     kv: KVCache | None = None
     clean: set[int] = field(default_factory=set)  # chunks whose K/V are final
-    prompt: Tensor | None = None  # the embeddings that `prompt_kv` belongs to
-    prompt_kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    embeddings: Tensor | None = None  # the ones that `prompts` belong to
+    prompts: list[attention.Prompt] = field(default_factory=list)  # one per layer, from the first use on
 
     def reset(self) -> None:
         self.__init__()
@@ -56,8 +56,8 @@ class MotionCacheHook(ModelHook):
         self.prefix_noise = prefix_noise
         self.keep_maps = keep_maps
         self.branches = StateManager(BranchState)
-        self.call = attention.ChunkCall()
         self.plan: WindowPlan | None = None
+        self.route: Route | None = None
         self.installed_forward: Callable | None = None
         self._window = -1
 
@@ -113,10 +113,9 @@ class MotionCacheHook(ModelHook):
             raise RuntimeError("the transformer was called outside the pipeline that the cache was applied to")
         name = self.branches.context.name
         branch: BranchState = self.branches.get_state()
-        iteration = branch.iteration
-        self.plan.check(iteration, timestep)
-        if branch.prompt is not encoder_hidden_states:
-            branch.prompt, branch.prompt_kv = encoder_hidden_states, {}
+        self.plan.check(branch.iteration, timestep)
+        if branch.embeddings is not encoder_hidden_states:
+            branch.embeddings, branch.prompts = encoder_hidden_states, []
         conditions = {
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_hidden_states_image": encoder_hidden_states_image,
@@ -125,7 +124,23 @@ class MotionCacheHook(ModelHook):
         }
         if branch.kv is None:
             branch.kv = self._new_cache(module, hidden_states)
+        with chunk_routing(module) as self.route:
+            output = self._run_window(module, name, branch, hidden_states, timestep, conditions)
+        branch.iteration += 1
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _run_window(
+        self,
+        module: SkyReelsV2Transformer3DModel,
+        name: str,
+        branch: BranchState,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        conditions: dict[str, Any],
+    ) -> Tensor:
+        """The chunks of a window that have work to do; `[batch, out channels, frames, height, width]`."""
         output = torch.zeros_like(hidden_states[:, : module.config.out_channels])
+        iteration = branch.iteration
         work = self.plan.work(iteration, branch.clean)
         if self.engine.decides_jointly:
             self._announce(module, name, iteration, work, hidden_states, timestep, conditions)
@@ -141,8 +156,7 @@ class MotionCacheHook(ModelHook):
                 branch.clean.add(chunk)
                 branch.kv.freeze(chunk * self._grid(module, hidden_states)[1])
                 self.engine.release(chunk, name)
-        branch.iteration += 1
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        return output
 
     def _becomes_final(self, iteration: int, chunk: int) -> bool:
         """Whether the K/V that a chunk gets at an iteration are those that stay."""
@@ -158,7 +172,9 @@ class MotionCacheHook(ModelHook):
     def _new_cache(self, module: SkyReelsV2Transformer3DModel, hidden_states: Tensor) -> KVCache:
         grid, tokens = self._grid(module, hidden_states)
         compression = Compression.of(self.engine.config, grid)
-        cache = KVCache(len(module.blocks), self.plan.chunks * tokens, self.engine.storage, compression)
+        cache = KVCache(
+            len(module.blocks), self.plan.chunks * tokens, self.engine.storage, compression, self.engine.new_line()
+        )
         self.engine.watch(cache)
         return cache
 
@@ -180,19 +196,12 @@ class MotionCacheHook(ModelHook):
                 continue
             frames, signals = self.plan.frame_range(chunk), None
             if self.engine.announces_signals:
-                signals = self._signals(module, chunk, hidden_states[:, :, frames], timestep[:, frames], conditions)
+                signals = self._signals(chunk, hidden_states[:, :, frames], timestep[:, frames], conditions)
             announced.append((self._step(name, iteration, chunk, grid, kv_tokens=0), signals))
         if announced:
             self.engine.announce(announced, name)
 
-    def _signals(
-        self,
-        module: SkyReelsV2Transformer3DModel,
-        chunk: int,
-        latents: Tensor,
-        timestep: Tensor,
-        conditions: dict[str, Any],
-    ) -> Signals:
+    def _signals(self, chunk: int, latents: Tensor, timestep: Tensor, conditions: dict[str, Any]) -> Signals:
         """What can be measured of a chunk before its blocks run: the stock forward without them."""
         heard = []
 
@@ -200,7 +209,7 @@ class MotionCacheHook(ModelHook):
             heard.append(Signals(x, modulation))
             return x
 
-        self._forward(module, listen, chunk, latents, timestep, conditions)
+        self._forward(listen, chunk, latents, timestep, conditions)
         return heard[0]
 
     def _step(self, name: str, iteration: int, chunk: int, grid: tuple[int, int, int], kv_tokens: int) -> ChunkStep:
@@ -235,28 +244,31 @@ class MotionCacheHook(ModelHook):
         start = chunk * tokens
         step = self._step(name, iteration, chunk, grid, kv_tokens=branch.kv.length(start + tokens))
         role = "denoise" if self.plan.status(iteration, chunk) == "active" else "refresh"
-        stock_blocks = list(module.blocks)
+        time = self.engine.time(step) if role == "denoise" else None
 
         def stack(x: Tensor, text: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], mask: None) -> Tensor:
+            # Behind the patch embedding a token's channels are a chunk apart, and blocks keep the layout they are
+            # given: every norm and projection would begin with a copy.
+            x = x.contiguous()
+
             def blocks(selected: Tensor, index: Tensor | None) -> Tensor:
                 m, r = modulation, attention.rotary_table(*rope)
                 if index is not None:
                     r = r[:, index]
                     m = modulation[:, :, index] if modulation.dim() == 4 else modulation
-                self.call.kv, self.call.prompt_kv = branch.kv, branch.prompt_kv
-                self.call.write = Write(start, tokens, index)
-                self.call.final = self._becomes_final(iteration, chunk)
-                try:
-                    for block in stock_blocks:
-                        selected = block(selected, text, m, r, None)
-                finally:
-                    self.call.write = None
+                write = Write(start, tokens, index, time)
+                compress = branch.kv.compression is not None and self._becomes_final(iteration, chunk)
+                if not branch.prompts:
+                    branch.prompts = [attention.Prompt(text) for _ in self.route.blocks]
+                layers = zip(self.route.blocks, branch.prompts, branch.kv.open(write), strict=True)
+                for block, prompt, kv in layers:
+                    selected = block(selected, prompt, m, attention.Place(r, kv, write, compress), None)
                 return selected
 
             patches = to_tokens(latents, module.config.patch_size) if self.engine.needs_latents else None
             return self.engine.run_blocks(step, Signals(x, modulation, patches), blocks, role)
 
-        output = self._forward(module, stack, chunk, latents, timestep, conditions)
+        output = self._forward(stack, chunk, latents, timestep, conditions)
         if not self.engine.reuses_outputs:
             self.engine.finish(output)
             return output
@@ -265,7 +277,6 @@ class MotionCacheHook(ModelHook):
 
     def _forward(
         self,
-        module: SkyReelsV2Transformer3DModel,
         stack: Stack,
         chunk: int,
         latents: Tensor,
@@ -275,11 +286,11 @@ class MotionCacheHook(ModelHook):
         """The stock forward on one chunk's latents, with `stack` in place of the blocks."""
         # Frames of a chunk nearly always share one noise level; the modulation is then one row for all its tokens.
         shared = not self.plan.is_mixed(chunk) or bool((timestep == timestep[:, :1]).all())
-        with chunk_routing(module, stack, self.plan.frame_range(chunk).start):
-            return self.fn_ref.original_forward(
-                latents,
-                timestep[:, 0] if shared else timestep,
-                enable_diffusion_forcing=not shared,
-                return_dict=False,
-                **conditions,
-            )[0]
+        self.route.stack, self.route.first_frame = stack, self.plan.frame_range(chunk).start
+        return self.fn_ref.original_forward(
+            latents,
+            timestep[:, 0] if shared else timestep,
+            enable_diffusion_forcing=not shared,
+            return_dict=False,
+            **conditions,
+        )[0]

@@ -14,10 +14,11 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from common.checkpoints import loading
+from common.checkpoints import check_complete, loading
 from common.convolutions import use_onednn
 from common.devices import Offload
 from common.settings import Kind
+from skyreels_v2_motioncache.checkpoint import WEIGHTS
 from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC
 
 PIPELINES: dict[Kind, type[DiffusionPipeline]] = {
@@ -52,6 +53,8 @@ def load_pipeline(
         pipe = PIPELINES[kind].from_pretrained(
             str(folder), dtype={"default": dtype, "vae": torch.float32}, local_files_only=True
         )
+    for part in WEIGHTS:
+        check_complete(getattr(pipe, part), folder / part)
     scheduler = OriginalSigmasUniPC if sigmas == "original" else UniPCMultistepScheduler
     changes = {} if shift is None else {"flow_shift": shift}
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **changes)

@@ -8,7 +8,8 @@ import torch
 
 from common.cache import KVCache, MotionCacheConfig, Record, Trace, Write
 from common.cache.distance import joint_relative_l1, log_snr, relative_l1, rescale, table_entry
-from common.cache.mask import bucketed, graded, most_urgent, temporal_vote
+from common.cache.kv_line import KeyValueLine
+from common.cache.mask import blockwise, bucketed, graded, most_urgent, temporal_vote
 from common.cache.motion import motion_map, motion_weights
 from common.cache.residual import ReuseBuffer
 from common.errors import UserError
@@ -56,6 +57,14 @@ def test_most_urgent_puts_wanted_tokens_first():
     assert most_urgent(urgency, 2, wanted).tolist() == [1, 4]
     assert most_urgent(urgency, 3, wanted).tolist() == [0, 1, 4]
     assert most_urgent(urgency, 2).tolist() == [0, 3]
+
+
+def test_blockwise_is_the_mean_of_each_square_and_of_what_is_left_at_the_edges():
+    urgency = torch.arange(18.0)  # two frames of 3 rows and 3 columns
+    squares = torch.tensor([[2.0, 2, 3.5], [2, 2, 3.5], [6.5, 6.5, 8]])
+    expected = torch.stack([squares, squares + 9]).flatten()
+    torch.testing.assert_close(blockwise(urgency, (2, 3, 3), 2), expected)
+    assert torch.equal(blockwise(urgency, (2, 3, 3), 1), urgency)
 
 
 def test_bucketed():
@@ -118,11 +127,20 @@ class TestReuseBuffer:
         torch.testing.assert_close(buffer.predict(6.0, torch.device("cpu")), torch.full((1, 2, 3), 5.0))
 
     def test_change_is_relative_l1_per_token(self):
-        buffer = ReuseBuffer(track_change=True)
+        buffer = ReuseBuffer(measure="change")
         buffer.store(torch.ones(1, 3, 2), 0.0)
         assert buffer.change.eq(0).all()
         buffer.store(torch.full((1, 1, 2), 1.5), 1.0, torch.tensor([1]))
         torch.testing.assert_close(buffer.change, torch.tensor([0.0, 0.5, 0.0]))
+
+    def test_error_is_that_of_the_value_that_would_have_been_reused(self):
+        buffer = ReuseBuffer(order=1, measure="error", weight=0.5)
+        for time in (0.0, 1.0):
+            buffer.store(torch.full((1, 3, 2), time), time)
+        buffer.store(torch.full((1, 1, 2), 5.0), 3.0, torch.tensor([2]))  # half of the line from 1 at time 1 says 2
+        torch.testing.assert_close(buffer.change, torch.tensor([1.0, 1.0, 3.0]))
+        buffer.store(torch.full((1, 3, 2), 4.0), 3.0)
+        torch.testing.assert_close(buffer.change, torch.tensor([2.0, 2.0, 1.0]))
 
     def test_a_selection_needs_a_whole_step_before(self):
         with pytest.raises(RuntimeError, match="must cover all"):
@@ -146,6 +164,22 @@ class TestKVCache:
         torch.testing.assert_close(values, expected)
         assert cache.bytes == 2 * 16 * 2 * 4 * 4
 
+    def test_a_line_completes_a_selected_write(self):
+        line = KeyValueLine(1, 1.0, None)
+        cache = KVCache(1, 8, line=line)
+        key, slope = torch.randn(2, 1, 4, 2, 3).unbind(0)
+        some = torch.tensor([1, 3])
+        at = lambda time: (key + slope * time, key - slope * time)  # noqa: E731
+        for time in (0.0, 1.0):
+            cache.update(0, *at(time), Write(4, 4, time=time))
+        selected = [rows[:, some] for rows in at(3.0)]
+        for found, expected in zip(cache.update(0, *selected, Write(4, 4, some, 3.0)), at(3.0), strict=True):
+            torch.testing.assert_close(found[:, 4:], expected)
+        assert line.bytes > 0
+        cache.update(0, *at(4.0), Write(4, 4))
+        cache.freeze(4)
+        assert line.bytes == 0
+
     def test_final_rows_cannot_be_written(self):
         cache = KVCache(layers=1, tokens=8)
         k = torch.randn(1, 4, 1, 2)
@@ -167,6 +201,11 @@ class TestConfig:
             ({"threshold": float("nan")}, "outside its range"),
             ({"budget": 0}, "allowed: 0.01 to 1"),
             ({"grading": 1.0}, "allowed: 0 to 0.95"),
+            ({"selection": "light"}, "give 'threshold' or"),
+            ({"selection_share": 0}, "allowed: 0.01 to 1"),
+            ({"selection_block": 0}, "allowed: at least 1"),
+            ({"whole_chunks": -1}, "allowed: at least 0"),
+            ({"selection": "due", "budget": 0.5}, "set budget to null"),
             ({"extrapolation_weight": 1.5}, "allowed: 0 to 1"),
             ({"grading": 0.5, "method": "teacache"}, "decides once for all chunks"),
             ({"warmup_steps": 0}, "allowed: at least 1"),

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from benchmarks import calibrate, match, thresholds
-from benchmarks.runs import Runs, savings
+from benchmarks.runs import Runs, savings, token_savings
 from benchmarks.search import NEVER, Curve, Point, Target, search
 from benchmarks.subject import EXACT, load_settings, load_subject, sample
 from benchmarks.takes import Take, TakeSets
@@ -156,19 +156,23 @@ def test_foretold_decisions_and_flops_are_those_of_a_run(config):
     subject = load_subject(config)
     generator = subject.generator(*TAKE)
     exact = sample(generator, EXACT, decode=False)
-    saving = savings(generator, exact.trace)
-    for threshold in (0.25, 0.35):
-        cache = subject.settings.cache.replace(**PER_CHUNK, threshold=threshold)
+    saving, per_token = savings(generator, exact.trace), token_savings(generator, exact.trace)
+    selecting = {"selection": "due", "chunk_phase": 1, "chunk_phase_unit": "updates", "score": "reuse_error"}
+    for threshold, more in ((0.25, {}), (0.35, {}), (0.35, selecting)):
+        cache = subject.settings.cache.replace(**PER_CHUNK, threshold=threshold, **more)
         told = foretell(exact.trace.records, cache)
+        assert any(r.decision == "select" for r in told) == bool(more)
         made = sample(generator, cache, decode=False)
         assert decisions(told) == decisions(made.trace.records)
-        flops = exact.flops - sum(s for s, record in zip(saving, told, strict=True) if record.tokens == 0)
+        triples = zip(saving, per_token, told, strict=True)
+        flops = exact.flops - sum(s if not r.tokens else p * (r.tokens_total - r.tokens) for s, p, r in triples)
         assert flops == pytest.approx(made.flops) and 0.2 < made.share < 0.9
 
 
 def test_what_depends_on_the_video_is_not_foretold():
     per_chunk = MotionCacheConfig(**PER_CHUNK)
     assert is_foretellable(per_chunk)
+    assert is_foretellable(per_chunk.replace(selection="between"))
     for changes in ({"alpha": 0.6}, {"distance": "input"}, {"kv_budget": 2}, {"method": "teacache"}):
         assert not is_foretellable(per_chunk.replace(**changes))
     with pytest.raises(ValueError, match="not known before a run"):

@@ -89,8 +89,13 @@ def test_without_the_refresh_of_clean_chunks_it_fails(monkeypatch):
 
 
 def test_with_a_wrong_rotary_offset_it_fails(monkeypatch):
-    original = hook.chunk_routing
-    monkeypatch.setattr(hook, "chunk_routing", lambda model, stack, first: original(model, stack, max(first - 1, 0)))
+    original = routing._ChunkRotary.forward
+
+    def early(self, hidden_states):
+        self._route.first_frame = max(self._route.first_frame - 1, 0)
+        return original(self, hidden_states)
+
+    monkeypatch.setattr(routing._ChunkRotary, "forward", early)
     assert errors(*random_pipeline()) > 10 * TOLERANCE
 
 
@@ -121,6 +126,15 @@ def test_no_mask_is_built(monkeypatch):
     monkeypatch.setattr(routing._RoutedBlocks, "__iter__", spy)
     call()
     assert masks and all(mask is None for mask in masks)
+
+
+def test_tokens_enter_the_blocks_side_by_side(monkeypatch):
+    pipe, call = random_pipeline()
+    apply_motioncache(pipe, EXACT)
+    seen = []
+    pipe.transformer.blocks[-1].register_forward_pre_hook(lambda block, args: seen.append(args[0].is_contiguous()))
+    call()
+    assert seen and all(seen)
 
 
 def test_memory_is_flat_over_windows():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from common.cache.config import MotionCacheConfig
 from common.cache.distance import log_snr
+from common.cache.kv_line import KeyValueLine
 from common.cache.policy import (
     FULL,
     Choice,
@@ -31,6 +32,9 @@ POLICIES: dict[str, Callable[[MotionCacheConfig], Policy]] = {
     "motioncache": MotionCachePolicy,
     "teacache": TeaCachePolicy,
 }
+
+MEASURED: dict[str, Literal["change", "error"]] = {"residual_change": "change", "reuse_error": "error"}
+"""Scores that the buffer of reused values takes."""
 
 
 class HoldsMemory(Protocol):
@@ -106,6 +110,15 @@ class Engine:
         """Count a K/V cache of this window in `memory`."""
         self._watched.append(cache)
 
+    def new_line(self) -> KeyValueLine | None:
+        """What extends K/V of one guidance pass of this window, counted in `memory`; None if nothing does."""
+        cfg = self.config
+        if not (self._caches and cfg.token_level and cfg.kv_extrapolation):
+            return None
+        line = KeyValueLine(self._order, cfg.extrapolation_weight, self._storage)
+        self.watch(line)
+        return line
+
     def memory(self) -> dict[str, int]:
         """Bytes held now: `kv` of the watched caches, `values` to be reused, `signals` that decisions are made from.
 
@@ -122,9 +135,7 @@ class Engine:
         key = (chunk, branch)
         if key not in self._states:
             cfg = self.config
-            order = 0 if cfg.extrapolation == "hold" else 1
-            track_change = cfg.score == "residual_change"
-            buffer = ReuseBuffer(order, self._storage, track_change, cfg.extrapolation_weight)
+            buffer = ReuseBuffer(self._order, self._storage, MEASURED.get(cfg.score), cfg.extrapolation_weight)
             self._states[key] = ChunkState(buffer)
         return self._states[key]
 
@@ -167,7 +178,7 @@ class Engine:
         if choice.decision == "full":
             outputs = blocks(x, None)
         else:
-            outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self._time(step), x.device)
+            outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self.time(step), x.device)
             if choice.tokens is not None:
                 outputs[:, choice.tokens] = blocks(x[:, choice.tokens], choice.tokens)
         self._current = (step, state, signals, choice, role, outputs)
@@ -203,7 +214,7 @@ class Engine:
             scale = self._output_scale(step)
             values = output * scale
             if choice.decision != "full":
-                reused = state.buffer.predict(self._time(step), output.device) / scale
+                reused = state.buffer.predict(self.time(step), output.device) / scale
                 if choice.tokens is not None:
                     reused[:, choice.tokens] = output[:, choice.tokens]
                 output = reused
@@ -211,7 +222,7 @@ class Engine:
             values = outputs - signals.inputs
         if choice.decision != "reuse":
             tokens = choice.tokens
-            state.buffer.store(values if tokens is None else values[:, tokens], self._time(step), tokens)
+            state.buffer.store(values if tokens is None else values[:, tokens], self.time(step), tokens)
             if self.config.score == "input_change":
                 if tokens is None:
                     state.last_input = signals.inputs.clone()
@@ -247,7 +258,12 @@ class Engine:
             raise ValueError("reuse 'update' needs a solver whose update is the output times a step size")
         return step.dt
 
-    def _time(self, step: ChunkStep) -> float:
+    @property
+    def _order(self) -> int:
+        return 0 if self.config.extrapolation == "hold" else 1
+
+    def time(self, step: ChunkStep) -> float:
+        """Variable of a step over which cached values are extended."""
         return step.sigma if self.config.extrapolation == "sigma" else log_snr(step.sigma)
 
 

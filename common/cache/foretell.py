@@ -1,12 +1,12 @@
 """Decisions that can be known without running a model.
 
-With equal weights (α = 1) and a distance measured beforehand, a decision depends on the steps alone. The records of one
-exact run hold the steps, so the engine can be led through them with one token per chunk and no blocks.
+With a distance measured beforehand, and tokens of equal weights (α = 1) or a `selection` by the chunk's own sum, the
+steps alone tell how many tokens are computed. The records of one exact run hold the steps, so the engine can be led
+through them with empty tokens and no blocks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +19,9 @@ from common.cache.trace import Record
 
 
 def is_foretellable(config: MotionCacheConfig) -> bool:
-    """Whether decisions depend on the steps alone, and the keys attended to are those of exact execution."""
-    per_chunk = config.method == "motioncache" and not config.token_level
-    return per_chunk and config.distance == "table" and config.kv_budget is None
+    """Whether numbers of tokens depend on the steps alone, and the keys attended to are those of exact execution."""
+    counted = not config.token_level or config.selection != "threshold"
+    return config.method == "motioncache" and counted and config.distance == "table" and config.kv_budget is None
 
 
 def foretell(exact: Sequence[Record], config: MotionCacheConfig) -> list[Record]:
@@ -32,7 +32,7 @@ def foretell(exact: Sequence[Record], config: MotionCacheConfig) -> list[Record]
         config: how the run caches.
 
     Returns:
-        A record for each of `exact`, with its decision and tokens; times are 0.
+        A record for each of `exact`, with its decision and number of tokens; times are 0.
 
     Raises:
         ValueError: the config's decisions depend on more than the steps.
@@ -44,7 +44,6 @@ def foretell(exact: Sequence[Record], config: MotionCacheConfig) -> list[Record]
         if record.role == "denoise":
             num_steps[record.window] = max(num_steps.get(record.window, 0), record.step + 1)
     engine = Engine(config)
-    token = torch.zeros(1, 1, 1)
     window = None
     for record in exact:
         if record.window != window:
@@ -58,13 +57,14 @@ def foretell(exact: Sequence[Record], config: MotionCacheConfig) -> list[Record]
             step=record.step,
             num_steps=num_steps[record.window],
             sigma=0.5,  # of no consequence: what is reused is zero at any time
-            grid=(1, 1, 1),
+            grid=(1, 1, record.tokens_total),
             kv_tokens=record.kv_tokens,
             dt=1.0,
         )
-        engine.finish(engine.run_blocks(step, Signals(token), _no_blocks, record.role))
-    told = zip(engine.trace.records, exact, strict=True)
-    return [dataclasses.replace(r, tokens=r.tokens * e.tokens_total, tokens_total=e.tokens_total) for r, e in told]
+        empty = torch.zeros(1, record.tokens_total, 1)
+        signals = Signals(empty, latents=empty)
+        engine.finish(engine.run_blocks(step, signals, _no_blocks, record.role))
+    return engine.trace.records
 
 
 def _no_blocks(inputs: Tensor, index: Tensor | None) -> Tensor:

@@ -72,6 +72,9 @@ class ChunkState:
     accumulated: Tensor | None = None  # [tokens] A of Eq. 12, float32
     weights: Tensor | None = None  # [tokens] W of Eq. 10, once the token phase has begun
     updates: int = 0  # steps after warm-up that computed something
+    since: Tensor | float = 0.0  # Δ summed up since the chunk was last computed, where that decides
+    light: bool = False  # whether a light step was made since
+    span: Tensor | None = None  # [tokens] Δ between a token's last two computations
     credit: float = 0.0  # share of a whole chunk saved up, in budget form
     previous_signal: Tensor | None = None
     last_input: Tensor | None = None  # [batch, tokens, channels] input of each token when it was last computed
@@ -80,7 +83,7 @@ class ChunkState:
     @property
     def signal_bytes(self) -> int:
         """Memory held besides the cached values: what decisions and weights are made from."""
-        held = (self.accumulated, self.weights, self.previous_signal, self.last_input, self.last_frame)
+        held = (self.accumulated, self.weights, self.span, self.previous_signal, self.last_input, self.last_frame)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
@@ -183,9 +186,11 @@ class MotionCachePolicy(ExactPolicy):
 
     config: MotionCacheConfig = field(default_factory=MotionCacheConfig)
     _first_chunk: int | None = field(default=None, init=False)  # the first of the window that is denoised
+    _led: dict[int, tuple[int, Choice]] = field(default_factory=dict, init=False)  # a chunk's newest shared choice
 
     def start_window(self) -> None:
         self._first_chunk = None
+        self._led.clear()
 
     def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
         cfg = self.config
@@ -196,26 +201,51 @@ class MotionCachePolicy(ExactPolicy):
             # A branch may begin late in a chunk's life (a distilled MAGI-1's second look): it has nothing to reuse yet.
             state.accumulated = torch.zeros(step.tokens, device=signals.inputs.device)
             return FULL
-        weights = state.weights if state.weights is not None else 1.0
-        state.accumulated = state.accumulated + weights * change
-        grade = mask.graded(cfg.grading, step.chunk - self._first_chunk)
-        if cfg.budget is None:
-            choice = self._by_threshold(step, state, cfg.threshold * grade)
-        else:
-            choice = self._by_budget(step, state, min(cfg.budget / grade, 1.0))
+        by_weight = cfg.selection == "threshold" and state.weights is not None
+        state.accumulated = state.accumulated + (state.weights if by_weight else 1.0) * change
+        state.since = state.since + change
+        choice = self._choice(step, state)
         if choice.decision != "reuse":
             state.updates += 1
-            if choice.tokens is None:
-                state.accumulated.zero_()
-            else:
-                state.accumulated[choice.tokens] = 0.0
+            tokens = slice(None) if choice.tokens is None else choice.tokens
+            if cfg.selection != "threshold":
+                state.span = torch.ones_like(state.accumulated) if state.span is None else state.span
+                state.span[tokens] = state.accumulated[tokens]
+            state.accumulated[tokens] = 0.0
         return choice
+
+    def _choice(self, step: ChunkStep, state: ChunkState) -> Choice:
+        """The chunk's own choice, or that of another guidance pass at the same step."""
+        iteration, choice = self._led.get(step.chunk, (None, REUSE))
+        follows = self.config.shared_selection and state.weights is not None
+        if not follows or iteration != step.iteration:
+            choice = self._own_choice(step, state)
+            if follows:
+                self._led[step.chunk] = step.iteration, choice
+        if choice.decision == "full" or (choice.decision == "select" and self.config.selection == "due"):
+            state.since, state.light = 0.0, False
+        elif choice.decision == "select":
+            state.light = True
+        return choice
+
+    def _own_choice(self, step: ChunkStep, state: ChunkState) -> Choice:
+        cfg = self.config
+        grade = mask.graded(cfg.grading, step.chunk - self._first_chunk)
+        if cfg.budget is not None:
+            return self._by_budget(step, state, min(cfg.budget / grade, 1.0))
+        threshold = cfg.threshold * grade
+        if cfg.selection == "threshold" or state.weights is None:
+            return self._by_threshold(step, state, threshold)
+        return self._by_sum(step, state, float(state.since) / threshold if threshold else 1.0)
 
     def observe(self, step, state, neighbour, signals, outputs) -> None:
         cfg = self.config
         if self._in_token_phase(step, state):
             scores = self._scores(step, state, neighbour, signals, outputs)
-            state.weights = motion.motion_weights(scores, cfg.alpha, cfg.weight_power)
+            if cfg.selection == "threshold":
+                state.weights = motion.motion_weights(scores, cfg.alpha, cfg.weight_power)
+            else:
+                state.weights = scores.flatten()
         self._remember_last_frame(step, state, signals, outputs)
 
     def observe_refresh(self, step, state, signals, outputs) -> None:
@@ -231,7 +261,8 @@ class MotionCachePolicy(ExactPolicy):
 
     def _in_token_phase(self, step: ChunkStep, state: ChunkState) -> bool:
         cfg = self.config
-        if not cfg.token_level or step.step + 1 < cfg.warmup_steps:
+        place = step.chunk - (step.chunk if self._first_chunk is None else self._first_chunk)
+        if not cfg.token_level or place < cfg.whole_chunks or step.step + 1 < cfg.warmup_steps:
             return False
         reached = state.updates if cfg.chunk_phase_unit == "updates" else step.step + 1
         return reached >= cfg.chunk_phase
@@ -251,6 +282,21 @@ class MotionCachePolicy(ExactPolicy):
             return FULL
         return Choice("select", mask.most_urgent(state.accumulated, count, wanted))
 
+    def _by_sum(self, step: ChunkStep, state: ChunkState, due: float) -> Choice:
+        """`due`: the chunk's sum of Δ since it was last computed, over its threshold."""
+        cfg = self.config
+        if due >= 1.0:
+            return FULL
+        if cfg.selection == "due":
+            share = due if due >= cfg.selection_share else 0.0
+        else:
+            share = cfg.selection_share if due >= 0.5 and not state.light else 0.0
+        if not share:
+            return REUSE
+        count = mask.bucketed(max(1, round(share * step.tokens)), cfg.bucket, step.tokens)
+        urgency = mask.blockwise(state.weights * state.accumulated, step.grid, cfg.selection_block)
+        return FULL if count == step.tokens else Choice("select", mask.most_urgent(urgency, count))
+
     def _by_budget(self, step: ChunkStep, state: ChunkState, budget: float) -> Choice:
         if state.weights is None:
             state.credit += budget
@@ -266,8 +312,10 @@ class MotionCachePolicy(ExactPolicy):
     ) -> Tensor:
         """What the weights are made of, `[frames, tokens per frame]`."""
         cfg = self.config
-        if cfg.score == "residual_change":
-            scores = state.buffer.change
+        if cfg.score in ("residual_change", "reuse_error"):
+            scores = state.buffer.change.to(signals.inputs.device)
+            if state.span is not None:
+                scores = scores / state.span.clamp_min(1e-8)
         elif cfg.score == "input_change":
             last = state.last_input.float()
             moved = (signals.inputs.float() - last).abs().mean(dim=(0, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,9 @@ class ReuseBuffer:
     Args:
         order: 0 keeps one value per token, 1 keeps two and extrapolates.
         storage: device that holds the values between uses; None leaves them where they were computed.
-        track_change: keep `change`, the relative L1 change of each token's value between its last two measurements.
+        measure: what `change` keeps of each token's last measurement: `"change"`, the relative L1 change since the one
+            before, or `"error"`, the mean absolute error of the value that would have been reused instead. None keeps
+            nothing.
         weight: share of the extrapolated change that counts.
     """
 
@@ -23,12 +27,12 @@ class ReuseBuffer:
         self,
         order: int = 0,
         storage: torch.device | None = None,
-        track_change: bool = False,
+        measure: Literal["change", "error"] | None = None,
         weight: float = 1.0,
     ) -> None:
         self.order = order
         self.storage = storage
-        self.track_change = track_change
+        self.measure = measure
         self.weight = weight
         self.last: Tensor | None = None
         self.before: Tensor | None = None
@@ -61,8 +65,8 @@ class ReuseBuffer:
             raise RuntimeError("a chunk's first stored step must cover all its tokens")
         tokens = tokens.to(self.last.device)
         old = self.last[:, tokens]
-        if self.track_change:
-            self.change[tokens] = _relative_change(values, old)
+        if self.measure is not None:
+            self.change[tokens] = self._measured(values, time, tokens)
         if self.order:
             if self.before is None:  # only now does any token have two measurements
                 self.before, self.before_time = self.last.clone(), self.last_time.clone()
@@ -72,15 +76,22 @@ class ReuseBuffer:
         self.last_time[tokens] = time
 
     def _store_all(self, values: Tensor, time: float) -> None:
-        if self.track_change:
+        if self.measure is not None:
             if self.last is None:
                 self.change = torch.zeros(values.shape[1], device=values.device)
             else:
-                self.change = _relative_change(values, self.last)
+                self.change = self._measured(values, time, slice(None))
         if self.order:
             self.before, self.before_time = self.last, self.last_time
         self.last = values
         self.last_time = torch.full((values.shape[1],), time, device=values.device)
+
+    def _measured(self, values: Tensor, time: float, tokens: Tensor | slice) -> Tensor:
+        """`change` of new values `[batch, count, channels]`, before they are stored: `[count]` float32."""
+        if self.measure == "change":
+            return _relative_change(values, self.last[:, tokens])
+        reused = self.predict(time, values.device)[:, tokens]
+        return (values.float() - reused.float()).abs().mean(dim=(0, 2))
 
     def predict(self, time: float, device: torch.device) -> Tensor:
         """The chunk's values at `time`, `[batch, tokens, channels]` on `device`.
