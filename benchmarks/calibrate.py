@@ -27,7 +27,7 @@ from benchmarks.subject import FAMILIES, family_of, load_settings
 from benchmarks.takes import TakeSets
 from benchmarks.thresholds import TUNABLE, Distance, check_searchable, measure_distance, tune
 from common.cache import MotionCacheConfig
-from common.cli import Interrupted, Parser, parse_assignment, run_command, whole_number
+from common.cli import Interrupted, Parser, count, parse_assignment, run_command, whole_number
 from common.console import Reporter, quiet_libraries, show_log
 from common.errors import UserError
 from common.files import make_output_folder
@@ -54,8 +54,8 @@ def _run(arguments: list[str]) -> bool:
     target = Target.parse(args.target)
     settings, options = _settings(args)
     takes = TakeSets.load(args.prompts, args.held_out, args.prompts_file)
-    if args.processes < 1 or (args.processes > 1 and target.kind == "speedup"):
-        raise UserError(f"--processes {args.processes} is not allowed; give at least 1, and 1 to measure a speedup")
+    if args.processes > 1 and target.kind == "speedup":
+        raise UserError(f"--processes {args.processes}: side by side, times say nothing; give 1 to measure a speedup")
     if args.output.suffix not in (".yaml", ".yml") or args.output.resolve() == args.config.resolve():
         raise UserError(f"--output {str(args.output)!r} is not allowed; give a new file that ends in .yaml")
     make_output_folder(args.output.resolve().parent)
@@ -119,25 +119,38 @@ def _settings(args: argparse.Namespace) -> tuple[RunSettings, dict[str, object]]
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m benchmarks.calibrate", __doc__.split("\n")[0], __doc__.partition("\n")[2])
+    parser = Parser.of_module("benchmarks.calibrate", __doc__)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file to begin with")
     parser.add_argument("--target", required=True, metavar="KIND=VALUE", help="share=0.3, speedup=2 or psnr=30")
-    parser.add_argument("--output", type=Path, required=True, metavar="NEW.yaml", help="preset to write")
-    parser.add_argument("--preset", metavar="NAME", help="of the config's siblings, as for run_*.sh")
-    parser.add_argument("--method", choices=list(METHODS), help="instead of the config's")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="NEW.yaml",
+        help="preset to write; .json, .png and .runs.jsonl go beside it",
+    )
+    parser.add_argument("--preset", metavar="NAME", help="cache settings to begin with, as --preset of run_*.sh")
+    parser.add_argument("--method", choices=list(METHODS), help="way of caching, instead of the config's")
     parser.add_argument("--tune", nargs="+", choices=TUNABLE, default=[], help="find these too, at the target")
     parser.add_argument(
-        "--distance", choices=get_args(Distance), default="keep", help="measure it on exact runs first (default: keep)"
+        "--distance",
+        choices=get_args(Distance),
+        default="keep",
+        help="what tells how much a step changes: the config's, or measured on exact runs first (keep)",
     )
-    parser.add_argument("--prompts", type=whole_number, default=8, metavar="N", help="to choose on (8)")
+    parser.add_argument("--prompts", type=count, default=8, metavar="N", help="prompts to choose on (8)")
     parser.add_argument(
-        "--prompts-file", type=Path, metavar="FILE", help="a prompt per line, instead of the tiny models'"
+        "--prompts-file", type=Path, metavar="FILE", help="a prompt per line, instead of the tiny models' grammar"
     )
     parser.add_argument(
         "--held-out", type=whole_number, default=0, metavar="N", help="further prompts to check with (0)"
     )
-    parser.add_argument("--processes", type=whole_number, default=1, metavar="N", help="of one thread each (1)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
+    parser.add_argument(
+        "--processes", type=count, default=1, metavar="N", help="processes side by side, of one thread each (1)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the config; may be repeated"
+    )
     return parser
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.figures quality results/table1-tiny.json
     python -m benchmarks.figures ablation results/ablation-alpha-tiny.json --by alpha
-    python -m benchmarks.figures fidelity results/fidelity-skyreels-v2-tiny.json
-    python -m benchmarks.figures distributions results/fidelity-skyreels-v2-tiny.json
+    python -m benchmarks.figures fidelity results/score-fidelity-skyreels-tiny.json
+    python -m benchmarks.figures distributions results/score-fidelity-skyreels-tiny.json
+    python -m benchmarks.figures long-video results/long-video-skyreels-tiny.json
     python -m benchmarks.figures weights --config configs/skyreels_v2_tiny_slow.yaml
 
 Curves differ in marker and line as well as in colour, so that they can be told apart in print.
@@ -22,10 +23,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.histories import FIRST, GIVEN, OWN
 from benchmarks.names import BASELINE, split_name
 from benchmarks.plots import MARKS, SERIES, error_bars, new_figure, point, save, styled
 from benchmarks.weight_maps import draw_weights
-from common.cli import run_command
+from common.cli import Parser, run_command, whole_number
 from common.errors import UserError
 from common.files import make_output_folder
 
@@ -149,6 +151,30 @@ def distributions(data: dict[str, Any]) -> Figure:
     return figure
 
 
+@styled()
+def long_video(data: dict[str, Any]) -> Figure:
+    """PSNR and computed tokens of each chunk of a long video, from its own history and given exact's."""
+    figure, (own, given, tokens) = new_figure(3)
+    for row in data["rows"]:
+        style, label = MARKS[row["method"].partition("-")[0]], row["method"]
+        if row["history"] == FIRST:
+            style, label = SERIES[-1], f"{label} in the first window, then exact"
+        halves = row["psnr_ci95"] or [None] * data["chunks"]
+        places = range(1, data["chunks"] + 1)
+        axes = given if row["history"] == GIVEN else own
+        error_bars(axes, zip(places, row["psnr_db"], halves, strict=True), label, style)
+        if row["history"] == OWN:
+            tokens.plot(places, row["token_share"], label=label, **style)
+    n = data["rows"][0]["n"]
+    for axes, history in ((own, "from its own history"), (given, "given exact's history")):
+        _label(axes, f"{data['model']}, {history}, n = {n}", "chunk", "PSNR against exact, dB")
+        axes.legend()
+    given.sharey(own)
+    _label(tokens, "from its own history", "chunk", "share of the tokens computed")
+    tokens.set_ylim(0, 1)
+    return figure
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -179,29 +205,17 @@ DRAWN: dict[str, tuple[Sequence[str], Callable[..., Figure]]] = {
     "ablation": (OF_TABLES, ablation),
     "fidelity": (OF_FIDELITY, fidelity),
     "distributions": (OF_FIDELITY, distributions),
+    "long-video": (("rows", "model", "chunks"), long_video),
 }
 """What each figure that is drawn from a file needs of it."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, (_, draw) in DRAWN.items():
-        sub = names.add_parser(name, help=draw.__doc__.split("\n")[0])
-        sub.add_argument("results", type=Path, metavar="FILE.json")
-        if name == "ablation":
-            sub.add_argument("--by", required=True, metavar="SETTING", help="such as alpha, or 'method'")
-    sub = names.add_parser("weights", help=draw_weights.__doc__.split("\n")[0])
-    sub.add_argument("--config", type=Path, required=True, help="YAML file of either model")
-    sub.add_argument("--seed", type=int, help="instead of the config's")
-    sub.add_argument("--prompt", help="instead of the config's")
-    for sub in names.choices.values():
-        sub.add_argument("--output", type=Path, metavar="NAME.png", help="default: docs/figures/NAME-FILE.png")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: _run(_parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
     if args.name == "weights":
         source, draw = args.config, partial(draw_weights, args.config, args.prompt, args.seed)
     else:
@@ -214,5 +228,38 @@ def main() -> None:
     save(draw(), output)
 
 
+def _parser() -> Parser:
+    parser = Parser.of_module("benchmarks.figures", __doc__)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, (_, draw) in DRAWN.items():
+        sub = _subparser(names, name, draw)
+        sub.add_argument("results", type=Path, metavar="FILE.json", help="result file")
+        if name == "ablation":
+            sub.add_argument(
+                "--by",
+                required=True,
+                metavar="SETTING",
+                help="cache setting along the axis, such as alpha, or 'method'",
+            )
+    sub = _subparser(names, "weights", draw_weights)
+    sub.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of either model")
+    sub.add_argument("--seed", type=whole_number, metavar="N", help="seed of the noise (the config's)")
+    sub.add_argument("--prompt", metavar="TEXT", help="what the video shows (the config's)")
+    for sub in names.choices.values():
+        sub.add_argument(
+            "--output",
+            type=Path,
+            metavar="NAME.png",
+            help="file to write (docs/figures/<figure>-<name of the file>.png)",
+        )
+    return parser
+
+
+def _subparser(names: argparse._SubParsersAction, name: str, draw: Callable[..., Figure]) -> Parser:
+    """A figure's own options, with the first line of what draws it as its description."""
+    line = draw.__doc__.partition("\n")[0]
+    return names.add_parser(name, help=line, description=line)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

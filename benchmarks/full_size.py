@@ -15,7 +15,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from benchmarks.speed.skyreels import SkyReels
 from benchmarks.speed.subject import WARMUP_STEPS, Mode, Subject, paper_share
 from benchmarks.speed.table import add_ratios, markdown, steady_row, whole_row
 from common.cache import MotionCacheConfig
+from common.checks import check_range
+from common.cli import Parser, count, number, run_command
 from common.devices import resolve_device
-from common.errors import UserError
 from common.files import atomic_path, make_output_folder, write_json
 from common.results import provenance
 
@@ -119,10 +120,11 @@ def measure_videos(subject: Subject, clock: Clock, args: argparse.Namespace, cei
         report.add(whole_row(subject, mode, whole, exact_seconds, ceiling))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, command: str) -> None:
+    """Measure all models that are asked for, on one device."""
     device = resolve_device(args.device)
     clock = Clock(device)
-    head = provenance(shlex.join(["python", "-m", "benchmarks.full_size", *sys.argv[1:]]))
+    head = provenance(command)
     output = (
         args.output or ROOT / "results/gpu" / f"{re.sub(r'[^a-z0-9]+', '-', head['device'].lower()).strip('-')}.json"
     )
@@ -138,28 +140,54 @@ def run(args: argparse.Namespace) -> None:
         gc.collect()  # a model and its hooks hold each other; the next one needs the memory
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--size", choices=list(MATMUL_SIZE), default="full", help="tiny runs anywhere in a minute")
-    parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES), help="of tokens, per step")
-    parser.add_argument("--iterations", type=int, default=6, help="timed per mode")
-    parser.add_argument("--no-stock", dest="stock", action="store_false", help="leave the library's own forward out")
-    parser.add_argument("--whole", action="store_true", help="also denoise whole videos, exact and paper")
-    parser.add_argument("--replay", type=Path, help="a trace.json whose decisions are followed in one more row")
-    parser.add_argument("--compile", nargs="?", const="inductor", help="compile the blocks; a backend of torch.compile")
-    parser.add_argument(
-        "--state-device", choices=("model", "cpu"), default="model", help="where K/V and residuals wait"
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    args = _parser().parse_args(arguments)
+    for share in args.shares:
+        check_range("--shares", share, 0.01, 1)
+    if args.replay is not None:
+        Schedule.read(args.replay)  # complains now, and not after the first rows
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(args)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+    run(args, shlex.join(["python", "-m", "benchmarks.full_size", *arguments]))
+
+
+def _parser() -> Parser:
+    parser = Parser.of_module("benchmarks.full_size", __doc__)
+    parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), help="which (both)")
+    parser.add_argument(
+        "--size", choices=list(MATMUL_SIZE), default="full", help="tiny runs anywhere in a minute, to try it out (full)"
+    )
+    parser.add_argument(
+        "--shares",
+        nargs="*",
+        type=number,
+        default=list(SHARES),
+        metavar="X",
+        help=f"of tokens computed per step, 0.01 to 1, a row each ({' '.join(map(str, SHARES))})",
+    )
+    parser.add_argument("--iterations", type=count, default=6, metavar="N", help="timed iterations per row (6)")
+    parser.add_argument("--no-stock", dest="stock", action="store_false", help="leave the library's own forward out")
+    parser.add_argument("--whole", action="store_true", help="also denoise whole videos, exact and at paper compute")
+    parser.add_argument(
+        "--replay", type=Path, metavar="FILE", help="trace.json of a run, whose decisions one more row follows"
+    )
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="compile the blocks with torch.compile (no)"
+    )
+    parser.add_argument(
+        "--state-device", choices=("model", "cpu"), default="model", help="where K/V and cached values wait (model)"
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (auto)")
+    parser.add_argument(
+        "--output", type=Path, metavar="NAME.json", help="file to write (results/gpu/<device>.json); .md goes beside it"
+    )
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

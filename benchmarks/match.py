@@ -34,7 +34,7 @@ from benchmarks.thresholds import (
 from benchmarks.yaml_text import Shared, set_values
 from common.cache import MotionCacheConfig
 from common.cache.foretell import is_foretellable
-from common.cli import Interrupted, Parser, run_command, whole_number
+from common.cli import Interrupted, Parser, count, run_command
 from common.console import Reporter, quiet_libraries, show_log
 from common.errors import UserError
 from common.files import atomic_path
@@ -68,8 +68,6 @@ def _run(arguments: list[str]) -> None:
     experiment = Experiment.load(args.experiment)
     groups = group_methods(experiment)
     takes = TakeSets.load(args.prompts, file=args.prompts_file)
-    if args.processes < 1:
-        raise UserError(f"--processes {args.processes} is not allowed; give at least 1")
     weights = weights_digest(find_checkpoint(experiment.config, experiment.settings))
     load = functools.partial(warm, functools.partial(FAMILIES[family_of(experiment.config)][1], experiment.settings))
     ledger = args.ledger or LEDGERS / f"{experiment.config.stem}.runs.jsonl"
@@ -156,16 +154,18 @@ def _choose(group: Group, cache: MotionCacheConfig, runs: Runs, takes: TakeSets)
 
 
 def _parser() -> Parser:
-    parser = Parser("python -m benchmarks.match", __doc__.split("\n")[0], __doc__.partition("\n")[2])
+    parser = Parser.of_module("benchmarks.match", __doc__)
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="YAML file, rewritten in place")
-    parser.add_argument("--prompts", type=whole_number, default=8, metavar="N", help="to choose on (8)")
+    parser.add_argument("--prompts", type=count, default=8, metavar="N", help="prompts to choose on (8)")
     parser.add_argument(
-        "--prompts-file", type=Path, metavar="FILE", help="a prompt per line, instead of the tiny models'"
+        "--prompts-file", type=Path, metavar="FILE", help="a prompt per line, instead of the tiny models' grammar"
     )
     parser.add_argument(
         "--distance", choices=("table", "keep"), default="table", help="measure tables first, or keep them (table)"
     )
-    parser.add_argument("--processes", type=whole_number, default=1, metavar="N", help="of one thread each (1)")
+    parser.add_argument(
+        "--processes", type=count, default=1, metavar="N", help="processes side by side, of one thread each (1)"
+    )
     parser.add_argument("--ledger", type=Path, metavar="FILE", help=f"figures of runs ({LEDGERS}/<config>.runs.jsonl)")
     return parser
 

@@ -8,7 +8,6 @@ computed, and counts the FLOPs of the papers' videos with the same shares.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -21,7 +20,7 @@ from benchmarks.quoted import load_quoted
 from benchmarks.samples import TRACE, SampleFolder, open_samples
 from benchmarks.subject import family_of_settings
 from common.cache import Trace
-from common.cli import run_command
+from common.cli import Parser, run_command
 from common.errors import UserError
 from common.files import make_output_folder, write_json
 from common.results import provenance
@@ -88,22 +87,43 @@ def _row(quoted: dict[str, Any], traces: Sequence[Trace], scale: PaperScale) -> 
 
 
 def record_of(folder: SampleFolder) -> tuple[str | None, dict[str, list[Trace]]]:
-    """The model of a folder's samples, and their traces by method."""
+    """The model of a folder's samples, and their traces by method.
+
+    Raises:
+        UserError: a sample is not whole.
+    """
     family, traces = None, {}
     for method in folder.methods():
         for stem in folder.stems(method):
             path = folder.file(method, stem, TRACE)
             if path.is_file():
-                family = family_of_settings(folder.summary(method, stem)["config"])
+                summary = folder.summary(method, stem)
+                if summary is None:
+                    raise UserError(
+                        f"sample {method}/{stem} in {str(folder.root)!r} is not whole; go on with benchmarks.sample"
+                    )
+                family = family_of_settings(summary["config"])
                 traces.setdefault(method, []).append(Trace.from_dict(json.loads(path.read_text(encoding="utf-8"))))
     return family, traces
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper_flops", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="folder of one experiment's samples")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/paper-flops.json")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    parser = Parser.of_module("benchmarks.paper_flops", __doc__)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the --output of benchmarks.sample")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "results/paper-flops.json",
+        metavar="NAME.json",
+        help="file to write (results/paper-flops.json)",
+    )
+    args = parser.parse_args(arguments)
     make_output_folder(args.output.parent)
     rows = []
     for root in args.folders:
@@ -112,9 +132,9 @@ def main() -> None:
         if not found:
             raise UserError(f"{str(root)!r} holds no method that the papers report; sample a table1_* experiment there")
         rows += found
-    command = shlex.join(["python", "-m", "benchmarks.paper_flops", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.paper_flops", *arguments])
     write_json(args.output, {**provenance(command), "rows": rows})
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

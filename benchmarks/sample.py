@@ -10,7 +10,6 @@ made one after the other by one process, so that their times can be compared. `d
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shlex
 import sys
@@ -26,7 +25,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.processes import run_in_processes
 from benchmarks.samples import SampleFolder, find_checkpoint, weights_digest
 from benchmarks.sampling import Place, Plan, make_share
-from common.cli import Interrupted, run_command, whole_number
+from common.cli import Interrupted, Parser, count, run_command
 from common.console import Reporter, show_log
 from common.devices import resolve_device
 from common.errors import UserError
@@ -52,8 +51,6 @@ def _run(arguments: list[str]) -> list[str]:
     experiment = Experiment.load(args.experiment)
     if args.prompts is not None:
         experiment = dataclasses.replace(experiment, prompts=experiment.prompts[: args.prompts])
-    if args.processes < 1 or not experiment.prompts:
-        raise UserError("--processes and --prompts: give a number of at least 1")
     device = resolve_device(experiment.settings.device)
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     if args.processes > 1 and state.num_processes > 1:
@@ -82,12 +79,14 @@ def _run(arguments: list[str]) -> list[str]:
     return missing
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__.split("\n")[0])
-    parser.add_argument("experiment", type=Path, help="YAML file, see configs/experiments/")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the samples")
-    parser.add_argument("--prompts", type=whole_number, metavar="N", help="only the first N of them")
-    parser.add_argument("--processes", type=whole_number, default=1, metavar="N", help="on this machine (1)")
+def _parser() -> Parser:
+    parser = Parser.of_module("benchmarks.sample", __doc__)
+    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="YAML file, see configs/experiments/")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the samples")
+    parser.add_argument("--prompts", type=count, metavar="N", help="only the experiment's first N prompts (all)")
+    parser.add_argument(
+        "--processes", type=count, default=1, metavar="N", help="processes side by side on this machine (1)"
+    )
     return parser
 
 

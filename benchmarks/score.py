@@ -23,7 +23,7 @@ from benchmarks.processes import parent_is_gone, run_in_processes
 from benchmarks.samples import LOSSLESS, SCORES, SampleFolder, open_samples
 from benchmarks.subject import one_thread
 from common import metrics
-from common.cli import run_command, whole_number
+from common.cli import Parser, count, run_command
 from common.compare import EXACT
 from common.console import Reporter
 from common.devices import resolve_device
@@ -52,17 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _run(_parser().parse_args(argv)))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.score", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="the --output of benchmarks.sample")
-    parser.add_argument("--lpips", action=argparse.BooleanOptionalAction, help="default: if it is installed")
-    parser.add_argument("--processes", type=whole_number, default=1, metavar="N", help="on this machine (1)")
+def _parser() -> Parser:
+    parser = Parser.of_module("benchmarks.score", __doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --output of benchmarks.sample")
+    parser.add_argument(
+        "--lpips", action=argparse.BooleanOptionalAction, help="with or without LPIPS (with, if it is installed)"
+    )
+    parser.add_argument(
+        "--processes", type=count, default=1, metavar="N", help="processes side by side on this machine (1)"
+    )
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.processes < 1:
-        raise UserError(f"--processes {args.processes} is not allowed; give a number of at least 1")
     reporter = Reporter(Console())
     folder = open_samples(args.folder)
     with_lpips = metrics.has_lpips() if args.lpips is None else args.lpips

@@ -1,6 +1,7 @@
 """How well a token's score foretells the change of its residual, on exact runs (the paper's Figures 2 and 3).
 
-    python -m benchmarks.score_fidelity --config configs/skyreels_v2_tiny_slow.yaml --output results/fidelity.json
+    python -m benchmarks.score_fidelity --config configs/skyreels_v2_tiny_slow.yaml \\
+        --output results/score-fidelity-skyreels-tiny.json
 
 At every step of every chunk the tokens are ranked by each score, as known before the step, and by the relative change
 that their residual then really made. Writes Spearman correlation and NDCG per score, by step and by third of the steps,
@@ -10,12 +11,11 @@ of each frame.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from benchmarks.subject import family_of, load_subject
 from common.cache import MotionCacheConfig
 from common.cache.motion import motion_map
 from common.cache.policy import ChunkState, ChunkStep, ExactPolicy, Signals
-from common.cli import run_command
+from common.cli import Parser, count, run_command
 from common.files import make_output_folder, write_json
 from common.results import provenance
 from training.procedural import prompts
@@ -163,12 +163,18 @@ def _rounded(values: Iterable[float]) -> list[float]:
     return [round(float(value), 5) for value in values]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.score_fidelity", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of either model")
-    parser.add_argument("--prompts", type=int, default=8, help="of the reporting set (default: 8)")
-    parser.add_argument("--output", type=Path, required=True, metavar="NAME.json")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    parser = Parser.of_module("benchmarks.score_fidelity", __doc__)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of either model")
+    parser.add_argument("--prompts", type=count, default=8, metavar="N", help="prompts of the reporting set (8)")
+    parser.add_argument("--output", type=Path, required=True, metavar="NAME.json", help="file to write")
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     make_output_folder(args.output.parent)
     published = PUBLISHED[family_of(args.config)]
@@ -179,10 +185,10 @@ def main() -> None:
         recorder.start_video()
         subject.sample(prompt, index, config, recorder, decode=False)
         logger.info("prompt %d of %d", index + 1, args.prompts)
-    command = shlex.join(["python", "-m", "benchmarks.score_fidelity", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.score_fidelity", *arguments])
     facts = {"model": subject.folder.name, "published": published, "prompts": args.prompts}
     write_json(args.output, {**provenance(command), **facts, **recorder.summary()})
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -8,7 +8,6 @@ method of a folder has, so a row compares with any other of its model.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import shlex
 import sys
@@ -22,7 +21,7 @@ from benchmarks.quoted import load_quoted
 from benchmarks.render import interval_of, page
 from benchmarks.subject import family_of_settings
 from common import metrics
-from common.cli import run_command
+from common.cli import Parser, run_command
 from common.compare import EXACT, STOCK
 from common.errors import UserError
 from common.files import atomic_path, make_output_folder, write_json
@@ -219,14 +218,22 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="folder of one experiment's samples")
-    parser.add_argument("--output", type=Path, required=True, metavar="NAME.json", help=".csv and .md go beside it")
-    parser.add_argument("--partial", action="store_true", help="compare the prompts that all methods have")
-    args = parser.parse_args()
-    make_table(args.folders, args.output, shlex.join(["python", "-m", "benchmarks.table", *sys.argv[1:]]), args.partial)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    parser = Parser.of_module("benchmarks.table", __doc__)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the --output of benchmarks.sample")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="NAME.json", help="file to write; .csv and .md go beside it"
+    )
+    parser.add_argument("--partial", action="store_true", help="go on with the prompts that all methods have")
+    args = parser.parse_args(arguments)
+    make_table(args.folders, args.output, shlex.join(["python", "-m", "benchmarks.table", *arguments]), args.partial)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

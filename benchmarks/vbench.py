@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks.samples import VIDEO, SampleFolder, open_samples
 from benchmarks.vbench_prompts import PROMPT_LIST, VENV, check_dimensions, installed_info, read_prompts
 from benchmarks.vbench_totals import with_totals
-from common.cli import run_command, whole_number
+from common.cli import Parser, count, run_command
 from common.console import Reporter
 from common.errors import UserError
 from common.files import write_json
@@ -70,13 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or (EXIT_FAILED if failures else 0)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vbench", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="the --output of benchmarks.sample")
-    parser.add_argument("--scorer", type=Path, default=VENV / "bin/vbench", help="the vbench command")
-    parser.add_argument("--dimensions", nargs="+", metavar="NAME", help="default: all that have videos")
-    parser.add_argument("--source", type=Path, help="VBench_full_info.json (default: of the installed package)")
-    parser.add_argument("--gpus", type=whole_number, default=1, metavar="N", help="that VBench uses (1)")
+def _parser() -> Parser:
+    parser = Parser.of_module("benchmarks.vbench", __doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --output of benchmarks.sample")
+    parser.add_argument(
+        "--scorer",
+        type=Path,
+        default=VENV / "bin/vbench",
+        metavar="FILE",
+        help="the vbench command (.venv-vbench/bin/vbench)",
+    )
+    parser.add_argument("--dimensions", nargs="+", metavar="NAME", help="to score, such as color (all with videos)")
+    parser.add_argument("--source", type=Path, metavar="FILE", help="VBench_full_info.json (the installed package's)")
+    parser.add_argument("--gpus", type=count, default=1, metavar="N", help="GPUs that VBench uses (1)")
     return parser
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from common.errors import UserError
 from common.runs import REPOSITORY
 
@@ -25,7 +27,10 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a mapping")
+        return content
     except FileNotFoundError as error:
         raise UserError(f"checkpoint file {str(path)!r} is missing; give a folder in the diffusers layout") from error
     except (OSError, ValueError) as error:
@@ -57,19 +62,62 @@ def check_class(folder: Path, part: str, config: dict[str, Any], allowed: Iterab
         )
 
 
-def check_weights(folder: Path) -> None:
+def value_of(path: Path, *keys: str) -> Any:
+    """A value of a checkpoint's JSON file, by the keys that lead to it.
+
+    Raises:
+        UserError: the file is missing or damaged, or has no such value.
+    """
+    value: Any = read_json(path)
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise UserError(f"checkpoint file {str(path)!r} has no {'.'.join(keys)!r}; fetch it again")
+        value = value[key]
+    return value
+
+
+def check_weights(folder: Path, packed: str = "") -> None:
     """Compare the length of one part's safetensors files with what their headers promise.
+
+    Args:
+        folder: of the part.
+        packed: suffix of compressed files that may stand in for plain ones, and are only looked for.
 
     Raises:
         UserError: a file is missing or truncated.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    names = {file.name.removesuffix(packed) for end in ("", packed) for file in folder.glob(f"*.safetensors{end}")}
     for index in folder.glob("*.safetensors.index.json"):
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    if not files:
+        names = set(value_of(index, "weight_map").values())
+    if not names:
         raise UserError(f"checkpoint {str(folder.parent)!r} has no weights: no *.safetensors in {folder.name!r}")
-    for file in files:
-        _check_length(file)
+    for name in sorted(names):
+        if not (packed and (folder / (name + packed)).is_file()):
+            _header(folder / name)
+
+
+def check_complete(model: nn.Module, folder: Path) -> None:
+    """Check that the files of a part held every tensor of the model that was loaded from them.
+
+    The libraries leave a tensor that no file has empty, or random, and tell it to a log.
+
+    Args:
+        model: as loaded, on the CPU.
+        folder: of the part, as `check_weights` accepts.
+
+    Raises:
+        UserError: names a tensor that the files lack.
+    """
+    stored = {name for file in folder.glob("*.safetensors") for name in _header(file)}
+    tensors = model.state_dict()
+    places = {tensor.data_ptr() for name, tensor in tensors.items() if name in stored}
+    for name, tensor in tensors.items():
+        tied = not tensor.is_meta and tensor.data_ptr() in places  # stored once, under another name
+        if name not in stored and not tied:
+            raise UserError(
+                f"checkpoint {str(folder.parent)!r} does not fit its configuration: {name!r} is in no file of "
+                f"{folder.name!r}; fetch it again"
+            )
 
 
 @contextmanager
@@ -90,7 +138,8 @@ def loading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_length(file: Path) -> None:
+def _header(file: Path) -> dict[str, Any]:
+    """What a safetensors file says of each tensor; a `UserError` unless the file is as long as it promises there."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -99,8 +148,10 @@ def _check_length(file: Path) -> None:
         raise UserError(f"checkpoint file {str(file)!r} cannot be read: {error.strerror}; fetch it again") from error
     except (struct.error, ValueError):
         header = {}
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected, found = 8 + length + max(ends, default=-1) if ends else None, file.stat().st_size
+    header.pop("__metadata__", None)
+    expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values()) if header else None
+    found = file.stat().st_size
     if expected != found:
         promise = f", its header promises {expected}" if expected else ", its header is damaged"
         raise UserError(f"checkpoint file {str(file)!r} is truncated: {found} bytes{promise}; fetch it again")
+    return header

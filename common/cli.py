@@ -1,4 +1,4 @@
-"""What both models' command lines share: options, parsing with hints, errors in one line, an orderly end on Ctrl-C."""
+"""What all command lines share: parsing with hints, errors in one line, an orderly end on Ctrl-C, models' options."""
 
 from __future__ import annotations
 
@@ -26,17 +26,28 @@ class Interrupted(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s and name the nearest option."""
+    """An argument parser whose complaints are `UserError`s and name the nearest option.
 
-    def __init__(self, prog: str, description: str, epilog: str) -> None:
+    Args:
+        prog: the command as it is typed.
+        description, epilog: shown before and after the options, line by line as they are.
+        **options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, prog: str, description: str = "", epilog: str = "", **options: Any) -> None:
         super().__init__(
             prog=prog,
-            usage=f"{prog} [options]",
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **options,
         )
+
+    @classmethod
+    def of_module(cls, name: str, doc: str) -> Parser:
+        """The parser of `python -m <name>`, whose docstring is what the command says of itself, examples included."""
+        return cls(f"python -m {name}", doc.strip())
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -47,16 +58,28 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an option is unknown, lacks its value or has one of the wrong kind.
         """
-        parsed, unknown = self.parse_known_args(args, namespace)
+        arguments = list(sys.argv[1:] if args is None else args)
+        known = self._long_options()
+        for word in (argument.split("=")[0] for argument in arguments if " " not in argument):
+            # First of all: a mistyped option would else be told as the lack of the one that was meant.
+            if word.startswith("--") and word not in known:
+                raise UserError(f"unknown option {word!r}; {near_miss(word, known)}")
+        parsed, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
-            word = unknown[0].split("=")[0]
-            if not word.startswith("-"):
-                raise UserError(
-                    f"{word!r} belongs to no option; put values with spaces in quotes, see {self.prog} --help"
-                )
-            options = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
-            raise UserError(f"unknown option {word!r}; {near_miss(word, options)}")
+            if unknown[0].startswith("-"):
+                raise UserError(f"unknown option {unknown[0]!r}; see {self.prog} --help")
+            raise UserError(
+                f"{unknown[0]!r} belongs to no option; put values with spaces in quotes, see {self.prog} --help"
+            )
         return parsed
+
+    def _long_options(self) -> list[str]:
+        """All of them, subcommands' included."""
+        found = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [option for parser in action.choices.values() for option in parser._long_options()]
+        return list(dict.fromkeys(found))
 
 
 class OptionGroups(NamedTuple):
@@ -142,6 +165,14 @@ def whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def count(text: str) -> int:
+    """An option's value as a whole number of at least 1."""
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is outside its range; allowed: at least 1")
+    return value
 
 
 def number(text: str) -> float:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from common.cache import MotionCacheConfig, Trace
 from common.cache.policy import Policy
+from common.settings import RunSettings
+from common.video import fit_frames
 
 OnIteration = Callable[[], None]
 OnFrames = Callable[[np.ndarray], None]
@@ -61,11 +63,26 @@ class Stock(Protocol):
 
 
 class Generator(ABC):
-    """One video's inputs, prepared once, so that runs differ in nothing but how they compute."""
+    """One video's inputs, prepared once, so that runs differ in nothing but how they compute.
+
+    Args:
+        settings: checked against the model.
+        image: `[height, width, 3]` uint8, for image-to-video.
+        video: `[frames, height, width, 3]` uint8, for video-to-video.
+
+    Attributes:
+        given_image, given_video: the same, scaled to cover the video's frame and cut to it.
+    """
 
     stock: Stock | None = None
     has_prefix: bool = False
     """Whether some of the frames are given."""
+
+    def __init__(self, settings: RunSettings, image: np.ndarray | None = None, video: np.ndarray | None = None) -> None:
+        self.settings = settings
+        size = settings.height, settings.width
+        self.given_video = None if video is None else fit_frames(video, *size)
+        self.given_image = None if image is None else fit_frames(image[None], *size)[0]
 
     @property
     @abstractmethod

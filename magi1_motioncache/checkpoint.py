@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
+from common.checkpoints import value_of
 from common.errors import UserError
 from magi1_motioncache.fp8 import dequantise
 from magi1_motioncache.presets import Variant
@@ -46,10 +46,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / INDEX
     if not index.exists():
         return _read_file(folder / SINGLE)
-    try:
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{index} is not a checkpoint index ({error}); download it again") from error
+    places: dict[str, str] = value_of(index, "weight_map")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
         stored = _read_file(folder / shard)
@@ -115,5 +112,5 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; download the checkpoint again") from error
-    except (SafetensorError, zstandard.ZstdError, ValueError) as error:
+    except (OSError, SafetensorError, zstandard.ZstdError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut off ({error}); download it again") from error

@@ -45,7 +45,7 @@ Exit codes: 0 done, 2 bad input (one line says what is allowed), 130 interrupted
 
 def build_parser() -> Parser:
     """The command's options; those left out keep what the YAML file says."""
-    parser = Parser(PROG, DESCRIPTION, EPILOG)
+    parser = Parser(PROG, DESCRIPTION, EPILOG, usage=f"{PROG} [options]")
     groups = add_run_options(
         parser,
         frames="in whole chunks",

@@ -9,6 +9,7 @@ from common.errors import UserError
 
 SHORTCUT_STEPS = 12  # the one step count with its own, uneven schedule
 SHORTCUT_MODES = ("8,16,16", "16,16,8")
+PREFIX_FRAMES = 32  # frames of a given video that the models were made to continue
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from common.cache import Trace
 from magi1_motioncache.captions import NULL_TOKENS
 from magi1_motioncache.embeddings import SINUSOID_WIDTH
-from magi1_motioncache.plan import ChunkCall, Pass, Role, SamplingPlan
+from magi1_motioncache.plan import Pass, Role
 from magi1_motioncache.transformer import PATCH
 
 
@@ -28,14 +28,6 @@ class Flops:
     self_attention: int = 0
     cross_attention: int = 0
     embedders: int = 0
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(
-            self.linear + other.linear,
-            self.self_attention + other.self_attention,
-            self.cross_attention + other.cross_attention,
-            self.embedders + other.embedders,
-        )
 
     @property
     def blocks(self) -> int:
@@ -89,22 +81,6 @@ def forward_flops(
     )
 
 
-def call_flops(
-    config: Mapping[str, Any], call: ChunkCall, chunk_tokens: int, text_tokens: int, distilled: bool
-) -> Flops:
-    """One forward of a plan, all tokens computed.
-
-    Args:
-        config: the transformer's.
-        call: the forward.
-        chunk_tokens: tokens per chunk.
-        text_tokens: tokens of the prompt's caption, special tokens included.
-        distilled: whether the step size is embedded.
-    """
-    caption = text_tokens if call.uses_text else NULL_TOKENS
-    return forward_flops(config, chunk_tokens, call.kv_chunks * chunk_tokens, caption, distilled)
-
-
 def trace_flops(config: Mapping[str, Any], trace: Trace, text_tokens: int, distilled: bool) -> int:
     """Operations of what a trace records, all that is forwarded.
 
@@ -121,43 +97,3 @@ def trace_flops(config: Mapping[str, Any], trace: Trace, text_tokens: int, disti
         flops = forward_flops(config, record.tokens, record.kv_tokens, caption, distilled, record.tokens_total)
         total += flops.total
     return total
-
-
-@dataclass(frozen=True)
-class RoleTotal:
-    """Forwards of one role: how many, key chunks they attend to in all, operations."""
-
-    forwards: int = 0
-    kv_chunks: int = 0
-    flops: Flops = Flops()
-
-
-@dataclass(frozen=True)
-class PlanFlops:
-    """Operations of a whole video by role."""
-
-    roles: dict[Role, RoleTotal]
-
-    def count(self, part: Callable[[Flops], int], without: Iterable[Role] = ()) -> int:
-        """Sum `part` of all roles but those in `without`, e.g. `count(lambda f: f.blocks, [Role.CLEAN])`."""
-        excluded = set(without)
-        return sum(part(total.flops) for role, total in self.roles.items() if role not in excluded)
-
-
-def plan_flops(config: Mapping[str, Any], plan: SamplingPlan, height: int, width: int, text_tokens: int) -> PlanFlops:
-    """Operations of a video without any caching.
-
-    Args:
-        config: the transformer's.
-        plan: the forwards, all passes of guidance counted.
-        height, width: frame size in pixels.
-        text_tokens: tokens of the prompt's caption, special tokens included.
-    """
-    chunk_tokens = plan.config.chunk_width * (height // 16) * (width // 16)
-    roles = {role: RoleTotal() for role in Role}
-    calls = (*plan.prefix_calls(), *(call for calls in plan.iterations() for call in calls))
-    for call in calls:
-        old = roles[call.role]
-        flops = call_flops(config, call, chunk_tokens, text_tokens, plan.config.distill)
-        roles[call.role] = RoleTotal(old.forwards + 1, old.kv_chunks + call.kv_chunks, old.flops + flops)
-    return PlanFlops(roles)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoints import check_class, check_weights, local_folder, read_index, read_json
+from common.checkpoints import check_class, check_weights, local_folder, read_index, read_json, value_of
 from common.errors import UserError
+from magi1_motioncache.checkpoint import COMPRESSED
 from magi1_motioncache.config import SamplingConfig
 from magi1_motioncache.convert import AUTOENCODER, TEXT_ENCODER, TOKENS_FILE
 from magi1_motioncache.presets import VARIANTS
@@ -88,18 +89,18 @@ def inspect_checkpoint(folder: Path, given_tokens: str | None = None) -> Archite
     transformer, vae = read_json(folder / "transformer/config.json"), read_json(folder / "vae/config.json")
     check_class(folder, "transformer", transformer, [TRANSFORMER], "give a MAGI-1 checkpoint")
     check_class(folder, "vae", vae, AUTOENCODERS, "give a MAGI-1 checkpoint")
-    channels = transformer["in_channels"] // (2 if transformer.get("half_channel_vae") else 1)
-    if channels != vae["ddconfig"]["z_chans"]:
+    channels = value_of(folder / "transformer/config.json", "in_channels")
+    channels //= 2 if transformer.get("half_channel_vae") else 1
+    made = value_of(folder / "vae/config.json", "ddconfig", "z_chans")
+    if channels != made:
         raise UserError(
             f"checkpoint {str(folder)!r} does not fit together: its transformer takes latents of {channels} channels "
-            f"and its vae makes {vae['ddconfig']['z_chans']}; convert it again"
+            f"and its vae makes {made}; convert it again"
         )
     for part in WEIGHTS:
         check_weights(folder / part)
     has_tokens = found is not None or (folder / "special_tokens").is_dir()
-    return Architecture(
-        vae["ddconfig"]["patch_size"], SamplingConfig.from_dict(index.get("sampling") or {}), has_tokens
-    )
+    return Architecture(_patch_size(folder / "vae"), SamplingConfig.from_dict(index.get("sampling") or {}), has_tokens)
 
 
 def _inspect_published(folder: Path, name: str, has_tokens: bool) -> Architecture:
@@ -110,7 +111,10 @@ def _inspect_published(folder: Path, name: str, has_tokens: bool) -> Architectur
     weights = folder / of.weights
     if not weights.is_dir():
         raise UserError(f"checkpoint {str(folder)!r} has no {of.weights!r}; fetch it again")
-    if not any(weights.glob("*.zst")):
-        check_weights(weights)
-    vae = read_json(root / AUTOENCODER / "config.json")
-    return Architecture(vae["ddconfig"]["patch_size"], of.sampling, has_tokens)
+    check_weights(weights, packed=COMPRESSED)
+    check_weights(root / AUTOENCODER)
+    return Architecture(_patch_size(root / AUTOENCODER), of.sampling, has_tokens)
+
+
+def _patch_size(vae: Path) -> int:
+    return value_of(vae / "config.json", "ddconfig", "patch_size")

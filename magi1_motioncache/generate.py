@@ -16,7 +16,6 @@ from common.cache import MotionCacheConfig, Trace
 from common.cache.policy import Policy
 from common.devices import synchronize
 from common.generator import Denoised, OnFrames, OnIteration
-from common.video import fit_frames
 from magi1_motioncache.attach import MotionCacheHandle, apply_motioncache, remove_motioncache
 from magi1_motioncache.captions import ChunkCaptions
 from magi1_motioncache.config import SamplingConfig
@@ -30,18 +29,18 @@ from magi1_motioncache.transformer import Magi1Transformer3DModel
 
 
 class Generator(generator.Generator):
-    """One video's inputs, prepared once, so that runs of the pipeline differ in nothing but how they compute.
+    """One video of the pipeline (see the base class).
 
     No library ships MAGI-1, so there is no stock pipeline to compare with: exact is the only reference.
 
     Args:
         pipe: on its device.
-        settings: checked against the model.
+        settings, image, video: as in the base class.
         sampling: how to sample.
         tokens: special tokens; None for those that the pipeline takes by itself.
-        image: `[height, width, 3]` uint8, for image-to-video.
-        video: `[frames, height, width, 3]` uint8, for video-to-video.
     """
+
+    settings: RunSettings
 
     def __init__(
         self,
@@ -52,10 +51,8 @@ class Generator(generator.Generator):
         image: np.ndarray | None = None,
         video: np.ndarray | None = None,
     ) -> None:
-        self.pipe, self.settings, self.sampling, self.tokens = pipe, settings, sampling, tokens
-        size = settings.height, settings.width
-        self.given_video = None if video is None else fit_frames(video, *size)
-        self.given_image = None if image is None else fit_frames(image[None], *size)[0]
+        super().__init__(settings, image, video)
+        self.pipe, self.sampling, self.tokens = pipe, sampling, tokens
         self.plan = plan_video(settings, sampling)
         self.has_prefix = self.plan.prefix_frames > 0
 

@@ -8,10 +8,10 @@ import torch
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from common.checkpoints import loading
+from common.checkpoints import check_complete, loading
 from common.devices import Offload
 from magi1_motioncache.convert import load_published, load_special_tokens
-from magi1_motioncache.folders import published_name, published_root, tokens_file
+from magi1_motioncache.folders import WEIGHTS, published_name, published_root, tokens_file
 from magi1_motioncache.pipeline import Magi1Pipeline
 from magi1_motioncache.presets import variant
 
@@ -31,14 +31,15 @@ def load_pipeline(
     """
     tokens = tokens_file(folder, special_tokens_file)
     name = published_name(folder)
+    if name is not None:
+        return load_published(published_root(folder), variant(name), name, tokens, dtype)
+    given = {} if tokens is None else {"special_tokens": load_special_tokens(tokens)}
     with loading(folder):
-        if name is not None:
-            return load_published(published_root(folder), variant(name), name, tokens, dtype)
         pipe = Magi1Pipeline.from_pretrained(
-            str(folder), dtype={"default": torch.float32, "transformer": dtype}, local_files_only=True
+            str(folder), dtype={"default": torch.float32, "transformer": dtype}, local_files_only=True, **given
         )
-    if tokens is not None:
-        pipe.register_modules(special_tokens=load_special_tokens(tokens))
+    for part in WEIGHTS:
+        check_complete(getattr(pipe, part), folder / part)
     return pipe
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from common.errors import UserError
 from magi1_motioncache.captions import ChunkCaptions
-from magi1_motioncache.config import SamplingConfig
+from magi1_motioncache.config import PREFIX_FRAMES, SamplingConfig
 from magi1_motioncache.denoiser import Denoiser, ExactDenoiser
 from magi1_motioncache.plan import SamplingPlan
 from magi1_motioncache.sampler import Magi1Sampler
@@ -28,7 +28,6 @@ from magi1_motioncache.transformer import PATCH, Magi1Transformer3DModel
 from magi1_motioncache.vae import AutoencoderViTMagi1
 from magi1_motioncache.vae_tiling import Tiling
 
-PREFIX_FRAMES = 32  # frames of a given video that are used
 TILE_PIXELS = 256
 DenoiserFactory = Callable[[Magi1Transformer3DModel, ChunkCaptions, SamplingPlan], Denoiser]
 PUBLISHED_TOKENS = SpecialTokenOptions(high_quality=True, duration=True)
@@ -75,6 +74,9 @@ class Magi1Pipeline(DiffusionPipeline):
     Attributes:
         denoiser: makes what answers the forwards of a video; `apply_motioncache` puts a caching one here.
 
+    Raises:
+        UserError: parts whose sizes do not fit together.
+
     Example:
         >>> pipe = Magi1Pipeline.from_pretrained("path/to/magi1", dtype=torch.bfloat16).to("cuda")
         >>> video = pipe("a serene lake at dawn", height=720, width=720, num_frames=96).frames[0]
@@ -95,6 +97,7 @@ class Magi1Pipeline(DiffusionPipeline):
         sampling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        _check_widths(transformer, text_encoder, special_tokens)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -252,6 +255,9 @@ class Magi1Pipeline(DiffusionPipeline):
             return self.encode_prompt(prompt)
         if mask is None or mask.shape != features.shape[:1]:
             raise UserError("prompt_features need a prompt_mask with one entry per token")
+        width = self.transformer.config.caption_channels
+        if features.ndim != 2 or features.shape[1] != width:
+            raise UserError(f"prompt_features of shape {tuple(features.shape)} are not [tokens, {width}]")
         return features.float(), mask
 
     def _prefix(
@@ -275,3 +281,18 @@ class Magi1Pipeline(DiffusionPipeline):
         else:
             return None
         return self.encode_video(pixels, sampling)
+
+
+def _check_widths(
+    transformer: Magi1Transformer3DModel, text_encoder: T5EncoderModel | None, special_tokens: SpecialTokens | None
+) -> None:
+    width = transformer.config.caption_channels
+    found = {
+        "text_encoder": None if text_encoder is None else text_encoder.config.d_model,
+        "special_tokens": None if special_tokens is None else special_tokens.config.caption_channels,
+    }
+    for part, channels in found.items():
+        if channels not in (None, width):
+            raise UserError(
+                f"{part} has {channels} channels and the transformer takes captions of {width}; give those of one model"
+            )

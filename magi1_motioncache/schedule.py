@@ -7,16 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from magi1_motioncache.config import SHORTCUT_STEPS
 
 SHIFT = 3.0
 QUARTERS = 4
-KNEE = 0.875  # where the piecewise transform turns from slow to fast
-TRANSFORMS = ("sd3", "square", "piecewise", "identity")
 
 
-def timesteps(num_steps: int, shortcut_mode: str = "8,16,16", transform: str = "sd3") -> Tensor:
+def timesteps(num_steps: int, shortcut_mode: str = "8,16,16") -> Tensor:
     """Times from noise (0) to clean (1).
 
     Computed in fp32 on purpose: the value after three quarters is 0.30000001, which lies above the threshold 0.3 of the
@@ -25,41 +22,24 @@ def timesteps(num_steps: int, shortcut_mode: str = "8,16,16", transform: str = "
     Args:
         num_steps: denoising steps; 12 has an uneven schedule.
         shortcut_mode: with 12 steps, which third of every quarter is the long step, first or last.
-        transform: "sd3" squares and shifts by 3 (the models' own), "square" only squares, "piecewise" goes slowly to
-            0.5 and fast from there, "identity" is even.
 
     Returns:
         `[num_steps + 1]` fp32.
-
-    Raises:
-        UserError: unknown `transform`.
     """
     if num_steps == SHORTCUT_STEPS:
-        eighths = torch.linspace(0, 1, QUARTERS + 1) / QUARTERS
-        offsets = eighths[:3] if shortcut_mode == "16,16,8" else torch.cat([eighths[:1], eighths[2:4]])
+        sixteenths = torch.linspace(0, 1, QUARTERS + 1) / QUARTERS
+        offsets = sixteenths[:3] if shortcut_mode == "16,16,8" else torch.cat([sixteenths[:1], sixteenths[2:4]])
         quarters = torch.linspace(0, 1, QUARTERS + 1)
         even = (offsets + quarters.unsqueeze(-1)).flatten()[: num_steps + 1]
     else:
         even = torch.linspace(0, 1, num_steps + 1)
-    return transformed(even, transform)
+    return transformed(even)
 
 
-def transformed(even: Tensor, transform: str = "sd3") -> Tensor:
-    """Times in [0, 1] at even places in [0, 1] of a schedule; `transform` as in `timesteps`.
-
-    Raises:
-        UserError: unknown `transform`.
-    """
-    if transform == "identity":
-        return even
-    if transform == "square":
-        return even**2
-    if transform == "piecewise":
-        return torch.where(even < KNEE, even * (0.5 / KNEE), 0.5 + (even - KNEE) * (0.5 / (1 - KNEE)))
-    if transform == "sd3":
-        squared = even**2
-        return 1 / SHIFT * squared / (1 + (1 / SHIFT - 1) * squared)
-    raise UserError(f"unknown time transform {transform!r}; known are {', '.join(TRANSFORMS)}")
+def transformed(even: Tensor) -> Tensor:
+    """Times in [0, 1] at even places in [0, 1] of a schedule: squared and shifted by 3."""
+    squared = even**2
+    return 1 / SHIFT * squared / (1 + (1 / SHIFT - 1) * squared)
 
 
 def step_intervals(num_steps: int, shortcut_mode: str = "8,16,16") -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_type_hints
 from common import settings
 from common.checks import check_keys, check_range, check_type
 from common.errors import UserError
-from magi1_motioncache.config import SamplingConfig
+from magi1_motioncache.config import PREFIX_FRAMES, SamplingConfig
 
 SAMPLING = (
     "window_size",
@@ -25,8 +25,6 @@ SAMPLING = (
 )
 """Options of `SamplingConfig` that a run may change. The others are `steps` and `fps`, or belong to the checkpoint."""
 MODES: dict[settings.Kind, str] = {"text": "t2v", "image": "i2v", "video": "v2v"}
-LONGEST_OVERLAP = 32
-"""Frames of a given video that the model was made to continue."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class RunSettings(settings.RunSettings):
         UserError: a setting has the wrong type or is outside its range, or the mode contradicts the input.
     """
 
-    overlap_history: int = LONGEST_OVERLAP
+    overlap_history: int = PREFIX_FRAMES
     height: int = 720
     width: int = 720
     num_frames: int = 96
@@ -66,7 +64,7 @@ class RunSettings(settings.RunSettings):
         if isinstance(self.special_tokens, list):
             object.__setattr__(self, "special_tokens", tuple(self.special_tokens))
         super().__post_init__()
-        check_range("overlap_history", self.overlap_history, 1, LONGEST_OVERLAP)
+        check_range("overlap_history", self.overlap_history, 1, PREFIX_FRAMES)
         if self.guidance_scale is not None:
             check_range("guidance_scale", self.guidance_scale, 0)
         self._check_sampling()

@@ -22,6 +22,7 @@ ROWS = {
 }
 DURATION_ROW = 7  # row of the last chunk; one more for every chunk still to come
 DURATION_STEPS = 8
+FEWEST_ROWS = 1 + max(*ROWS.values(), DURATION_ROW + DURATION_STEPS - 1)
 
 
 class SpecialTokens(ModelMixin, ConfigMixin):
@@ -32,6 +33,9 @@ class SpecialTokens(ModelMixin, ConfigMixin):
     Args:
         caption_channels: width of the features.
         num_other_tokens: rows of `other_tokens`.
+
+    Raises:
+        UserError: fewer rows than there are tokens to take from them.
     """
 
     _keep_in_fp32_modules = ["caption_token", "logo_token", "other_tokens"]  # noqa: RUF012
@@ -39,6 +43,8 @@ class SpecialTokens(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, caption_channels: int = 4096, num_other_tokens: int = 100) -> None:
         super().__init__()
+        if num_other_tokens < FEWEST_ROWS:
+            raise UserError(f"other_tokens has {num_other_tokens} rows; the special tokens are in {FEWEST_ROWS}")
         self.caption_token = nn.Parameter(torch.zeros(1, caption_channels), requires_grad=False)
         self.logo_token = nn.Parameter(torch.zeros(1, caption_channels), requires_grad=False)
         self.other_tokens = nn.Parameter(torch.zeros(num_other_tokens, caption_channels), requires_grad=False)

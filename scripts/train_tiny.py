@@ -6,15 +6,14 @@ makes the autoencoder, encodes clips, trains the generator and writes the pipeli
 on where it was when the same command is given again. Stages can be run alone with --stage.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.cli import Parser, count, number, run_command, whole_number
+from common.devices import resolve_device
 from common.errors import UserError
 from training import family
 from training.generator import PHASES
@@ -23,44 +22,54 @@ from training.trainer import TrainConfig
 STAGES = ("vae", "latents", "generator", "export")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(family.FAMILIES), default="skyreels")
-    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
-    parser.add_argument("--minutes", type=float, default=75, help="training time of the generator")
-    parser.add_argument("--vae-minutes", type=float, help="training time of the autoencoder; default the model's own")
-    parser.add_argument("--clips", type=int, default=1536, help="encoded clips of each of the two sizes")
-    parser.add_argument("--pictures", type=int, default=16384, help="encoded pictures")
-    parser.add_argument("--processes", type=int, default=3, help="single-threaded processes (CPU only)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--work", type=Path, default=Path("outputs/train"), help="checkpoints, encoded clips, logs")
-    parser.add_argument("--output", type=Path, help="pipeline folder; default the model's own in assets/")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+def parser() -> Parser:
+    made = Parser("python scripts/train_tiny.py", __doc__)
+    made.add_argument("--model", choices=sorted(family.FAMILIES), default="skyreels", help="which to train (skyreels)")
+    made.add_argument("--stage", choices=("all", *STAGES), default="all", help="one part of the work alone (all)")
+    made.add_argument(
+        "--minutes", type=number, default=75, metavar="X", help="training time of the generator, in minutes (75)"
+    )
+    made.add_argument(
+        "--vae-minutes", type=number, metavar="X", help="training time of the autoencoder, in minutes (the model's own)"
+    )
+    made.add_argument(
+        "--clips", type=count, default=1536, metavar="N", help="clips to encode, of each of the two sizes (1536)"
+    )
+    made.add_argument("--pictures", type=count, default=16384, metavar="N", help="pictures to encode (16384)")
+    made.add_argument(
+        "--processes", type=count, default=3, metavar="N", help="processes of one thread each, on a CPU (3)"
+    )
+    made.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (auto)")
+    made.add_argument(
+        "--work",
+        type=Path,
+        default=Path("outputs/train"),
+        metavar="DIR",
+        help="for checkpoints, encoded clips and logs (outputs/train)",
+    )
+    made.add_argument(
+        "--output", type=Path, metavar="DIR", help="pipeline folder to write (the model's own in assets/)"
+    )
+    made.add_argument("--seed", type=whole_number, default=0, metavar="N", help="of weights and batches (0)")
+    return made
 
 
 def main() -> None:
-    args = parse_args()
+    args = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     kind = family.FAMILIES[args.model]
     vae_minutes = kind.codec_minutes if args.vae_minutes is None else args.vae_minutes
-    positive = {
-        "minutes": args.minutes,
-        "vae-minutes": vae_minutes,
-        "clips": args.clips,
-        "pictures": args.pictures,
-        "processes": args.processes,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise UserError(f"--{name} is {value}: give a number above 0")
-    cuda = args.device.startswith("cuda")
+    for name, minutes in (("--minutes", args.minutes), ("--vae-minutes", vae_minutes)):
+        if minutes <= 0:
+            raise UserError(f"{name}: {minutes:g} is not allowed; give a number above 0")
+    device = resolve_device(args.device)
+    cuda = device.type == "cuda"
     run = family.Run(
         args.model,
         args.work,
         args.output or Path("assets") / kind.asset,
         processes=1 if cuda else args.processes,
-        device=args.device,
+        device=str(device),
         seed=args.seed,
     )
     stages = STAGES if args.stage == "all" else (args.stage,)
@@ -88,8 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

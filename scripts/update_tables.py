@@ -8,12 +8,12 @@ table that is out of date gives exit code 1. A table whose measurement has not b
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ from benchmarks.markdown import markdown_table
 from benchmarks.names import BASELINE, split_name
 from benchmarks.quoted import load_quoted
 from benchmarks.render import cell, model_table, notes
+from common.checks import near_miss
+from common.cli import Parser, run_command
+from common.errors import UserError
 from common.metrics import paired_difference
+from common.units import scaled
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
@@ -98,6 +102,21 @@ def differences(data: Data) -> str:
     return markdown_table(["model", "method", "against", "ΔPSNR"], lines) + source(data)
 
 
+def parts(data: Data) -> str:
+    """Every cached row of both models, with its difference from `best` at the same share, paired per prompt."""
+    lines = []
+    for row in data["rows"]:
+        if row["psnr_db"] is None:
+            continue
+        own = [row["model"], row["method"], *(cell(row, column) for column in ("compute_share", "psnr_db", "ssim"))]
+        best = next(
+            r for r in data["rows"] if r["model"] == row["model"] and split_name(r["method"])[0] == "best-matched"
+        )
+        loss = paired_difference(row["psnr_by_prompt"], best["psnr_by_prompt"])
+        lines.append([*own, "–" if row is best else f"{loss.mean:+.2f} ± {loss.half_width:.2f}"])
+    return markdown_table(["model", "method", "compute", "PSNR, dB", "SSIM", "ΔPSNR to best"], lines) + source(data)
+
+
 def floor(data: Data) -> str:
     """What rounding alone does to each model's videos."""
     rows = [row for row in data["rows"] if row["method"] == "exact-bfloat16"]
@@ -157,16 +176,65 @@ def paper_flops(data: Data) -> str:
 
 
 def overhead(data: Data) -> str:
-    """Wall time against token share, per model."""
-    rows = [[r["model"], f"{r['share']:.3f}", f"{r['time_ratio']:.3f}"] for r in data["rows"]]
-    fits = "".join(
-        f"\n{model}: time = {line['intercept']:+.3f} + {line['slope']:.3f} · share"
-        for model, line in data["lines"].items()
-    )
-    return markdown_table(["model", "share of tokens", "wall time / exact"], rows) + fits + "\n" + source(data)
+    """Wall time against the share of compute, for each model, number of threads and form."""
+    names = ("share", "flops_share", "time_ratio")
+    rows = [[r["model"], str(r["threads"]), r["form"], *(f"{r[name]:.3f}" for name in names)] for r in data["rows"]]
+    header = ["model", "threads", "form", "share of tokens", "of FLOPs", "wall time / exact"]
+    fits = [
+        [line["model"], str(line["threads"]), line["form"], f"{line['intercept']:+.3f} + {line['slope']:.3f} · share"]
+        for line in data["lines"]
+    ]
+    lines = markdown_table(["model", "threads", "form", "line through its points"], fits)
+    return f"{markdown_table(header, rows)}\n{lines}{source(data)}"
+
+
+def long_video(data: Data) -> str:
+    """PSNR over the chunks of a long video: its first window, and the two halves of the rest."""
+    first, chunks = data["first_window"], data["chunks"]
+    edges = [0, first, (first + chunks) // 2, chunks]
+    parts = [range(*pair) for pair in pairwise(edges)]
+    header = [
+        "method",
+        "made from",
+        "compute",
+        *(f"chunks {p.start + 1}–{p.stop}" for p in parts),
+        "later half − earlier",
+    ]
+    lines = []
+    for row in data["rows"]:
+        means = [sum(row["psnr_db"][chunk] for chunk in part) / len(part) for part in parts]
+        half = "" if row["drift_ci95"] is None else f" ± {row['drift_ci95']:.2f}"
+        history = {"own": "its own history", "exact": "exact's history"}.get(row["history"], "first window, then exact")
+        cells = [row["method"], history, cell(row, "compute_share"), *(f"{mean:.2f}" for mean in means)]
+        lines.append([*cells, f"{row['drift_db']:+.2f}{half}"])
+    note = f"\nPSNR in dB against exact, mean over chunks and {data['rows'][0]['n']} prompts.\n"
+    return markdown_table(header, lines) + note + source(data)
+
+
+def kv_memory(data: Data) -> str:
+    """Peaks of memory over the length of a video."""
+    lengths = list(dict.fromkeys(row["chunks"] for row in data["rows"]))
+    by_way: dict[tuple[str, str], list[Data]] = {}
+    for row in data["rows"]:
+        by_way.setdefault((row["model"], row["way"]), []).append(row)
+    lines = []
+    for (model, way), rows in by_way.items():
+        psnr = " / ".join("–" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}" for row in rows)
+        values = " / ".join(f"{scaled(row['values_bytes'])}B" for row in rows)
+        lines.append([model, way, *(f"{scaled(row['kv_bytes'])}B" for row in rows), values, psnr])
+    header = ["model", "K/V", *(f"{n} chunks" for n in lengths), "reused values", "PSNR to all kept, dB"]
+    return markdown_table(header, lines) + source(data)
 
 
 BEST = "python -m benchmarks.table OUT OUT2 --output results/best-tiny.json"
+LONG = (
+    "python -m benchmarks.long_video configs/experiments/best_{0}_tiny.yaml "
+    "--methods best-matched@0.3 flowcache-matched@0.3 --chunks {2} --output results/long-video-{1}-tiny.json"
+)
+MEMORY = (
+    "python -m benchmarks.kv_memory --config configs/skyreels_v2_tiny_best.yaml configs/magi1_tiny_best.yaml "
+    "--output results/kv-memory-tiny.json"
+)
 REPRODUCE = "bash scripts/reproduce_table1.sh --tiny"
 FIDELITY = "python -m benchmarks.score_fidelity --config configs/{0}_slow.yaml --output results/score-fidelity-{1}.json"
 ABLATIONS = ("alpha", "chunk-phase", "threshold", "distance", "reuse", "vote", "score", "kv")
@@ -175,7 +243,7 @@ MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
     "quality-skyreels": ("best-tiny", partial(comparison, "skyreels-v2-tiny"), BEST),
     "quality-magi": ("best-tiny", partial(comparison, "magi1-tiny"), BEST),
     "differences": ("best-tiny", differences, BEST),
-    "parts": ("parts-tiny", ablation, "python -m benchmarks.table OUT OUT2 --output results/parts-tiny.json"),
+    "parts": ("parts-tiny", parts, "python -m benchmarks.table OUT OUT2 --output results/parts-tiny.json"),
     "floor": ("floor-tiny", floor, "python -m benchmarks.table OUT OUT2 --output results/floor-tiny.json"),
     "table1-skyreels": ("table1-tiny", partial(comparison, "skyreels-v2-tiny"), REPRODUCE),
     "table1-magi": ("table1-tiny", partial(comparison, "magi1-tiny"), REPRODUCE),
@@ -187,6 +255,9 @@ MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
     "scores-magi": ("score-fidelity-magi-tiny", fidelity, FIDELITY.format("magi1_tiny", "magi-tiny")),
     "paper-flops": ("paper-flops", paper_flops, "python -m benchmarks.paper_flops OUT [OUT2]"),
     "overhead": ("overhead", overhead, "python -m benchmarks.overhead"),
+    "long-video-skyreels": ("long-video-skyreels-tiny", long_video, LONG.format("skyreels_v2", "skyreels", 28)),
+    "long-video-magi": ("long-video-magi-tiny", long_video, LONG.format("magi1", "magi", 24)),
+    "kv-memory": ("kv-memory-tiny", kv_memory, MEMORY),
 } | {
     f"ablation-{name}": (f"ablation-{name}-tiny", ablation, f"python -m benchmarks.table OUT [OUT2] --output …{name}…")
     for name in ABLATIONS
@@ -196,20 +267,40 @@ QUOTED = {"quoted-skyreels": "SkyReels-V2", "quoted-magi": "MAGI-1"}
 
 
 def table(name: str) -> str:
-    """What stands between the markers of a name."""
+    """What stands between the markers of a name.
+
+    Raises:
+        UserError: there is no table of that name, or its result file is damaged or of another kind.
+    """
     if name in QUOTED:
         return quoted(QUOTED[name])
+    if name not in MEASURED:
+        raise UserError(f"unknown table {name!r} between markers; {near_miss(name, [*QUOTED, *MEASURED])}")
     file, draw, command = MEASURED[name]
     path = ROOT / "results" / f"{file}.json"
     if not path.is_file():
         return f"Not measured yet; the command is `{command}`.\n"
-    return draw(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return draw(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(
+            f"{str(path)!r} is damaged or of another kind ({type(error).__name__}: {error}), and the table {name!r} "
+            f"needs it; make it again: {command}"
+        ) from error
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table differs")
-    check = parser.parse_args().check
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 1 if --check finds a table that is out of date."""
+    stale: list[str] = []
+    code = run_command(lambda: stale.extend(_run(argv)))
+    return code or (1 if stale else 0)
+
+
+def _run(argv: Sequence[str] | None) -> list[str]:
+    """All of it; the documents that were left out of date."""
+    parser = Parser("python scripts/update_tables.py", __doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table differs")
+    check = parser.parse_args(argv).check
     old = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
@@ -220,7 +311,7 @@ def main() -> int:
                 path.write_text(new, encoding="utf-8")
     if old:
         print(("out of date: " if check else "updated: ") + ", ".join(old))
-    return 1 if check and old else 0
+    return old if check else []
 
 
 if __name__ == "__main__":

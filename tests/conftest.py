@@ -1,6 +1,9 @@
 """A random SkyReels-V2 pipeline, small enough to make and run in seconds."""
 
+import importlib.util
+import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tokenizers
@@ -12,6 +15,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from common.runs import REPOSITORY
 
 # Models this small gain nothing from more threads, and test processes run side by side.
 torch.set_num_threads(1)
@@ -72,6 +77,11 @@ def make_tiny_pipeline(seed: int = 0, **transformer_changes) -> SkyReelsV2Diffus
     )
 
 
+def change_json(path: Path, **changes) -> None:
+    """Change some values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder with random weights, as `save_pretrained` writes it. Copy it before changing anything."""
@@ -88,3 +98,12 @@ def magi_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "magi-random"
     make_magi_pipeline().save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def documents() -> ModuleType:
+    """The script that writes tables into documents, as a module."""
+    spec = importlib.util.spec_from_file_location("update_tables", REPOSITORY / "scripts/update_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -29,7 +29,7 @@ def config(tiny_pipeline_folder, tmp_path):
 
 def run(module, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
+    assert not module.main(), "exit code"
 
 
 def small_magi(tmp_path):
@@ -100,11 +100,17 @@ def test_overhead_rows_and_line(tiny_pipeline_folder, tmp_path, monkeypatch):
         return pipe, {"prompt": "a red circle", **size, "ar_step": 2, "causal_block_size": 3}
 
     monkeypatch.setitem(overhead.MODELS, "skyreels-v2-tiny", small)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # which other tests would inherit
     output = tmp_path / "overhead.json"
-    run(overhead, monkeypatch, "--models", "skyreels-v2-tiny", "--repeats", 1, "--threads", 1, "--output", output)
+    run(overhead, monkeypatch, "--models", "skyreels-v2-tiny", "--repeats", 1, "--threads", 1, 2, "--output", output)
     data = json.loads(output.read_text())
-    shares = [row["share"] for row in data["rows"]]
-    assert len(shares) == len(overhead.SHARES) and shares == sorted(shares)
+    forms = [(threads, form) for threads in (1, 2) for form in ("motioncache", "best", "budget")]
+    assert [(line["threads"], line["form"]) for line in data["lines"]] == forms
+    for case in forms:
+        rows = [row for row in data["rows"] if (row["threads"], row["form"]) == case]
+        shares = [row["share"] for row in rows]
+        assert len(shares) == 5 and shares == sorted(shares)
+        assert all(row["flops_share"] == pytest.approx(row["share"], abs=0.1) for row in rows)
     assert all(row["time_ratio"] > 0 for row in data["rows"])
 
 

@@ -1,22 +1,16 @@
 """The command as a user meets it: its words, its files, its exit codes."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_cases import FILES, OPTIONS, SUMMARY_KEYS, assert_one_line, interrupt, runner, summary_of
 from PIL import Image
 
 from common.cache import Trace
-from common.cli import Interrupted, parse_assignment, run_command
+from common.cli import Interrupted, Parser, count, parse_assignment, run_command
 from common.errors import UserError
-from common.runs import REPOSITORY
 from common.video import read_video, write_video
 from skyreels_v2_motioncache import cli
 from skyreels_v2_motioncache.generate import Generator
@@ -24,36 +18,14 @@ from skyreels_v2_motioncache.loading import load_pipeline
 from skyreels_v2_motioncache.settings import RunSettings
 from skyreels_v2_motioncache.windows import plan_windows
 
-SMALL = [
-    "--height",
-    "32",
-    "--width",
-    "32",
-    "--num-frames",
-    "21",
-    "--steps",
-    "8",
-    "--seed",
-    "3",
-    "--prompt",
-    "a red circle",
-]
-SUMMARY_KEYS = (
-    "model method config seed device dtype height width num_frames steps wall_seconds flops tokens_computed "
-    "tokens_total speedup_vs_stock speedup_vs_exact psnr_db ssim versions commit"
-)
+SMALL = ["--height", "32", "--width", "32", "--num-frames", "21", "--steps", "8", "--seed", "3"]
+SMALL += ["--prompt", "a red circle"]
 
 
 @pytest.fixture(scope="module")
 def run(tiny_pipeline_folder, tmp_path_factory):
     """The command on a random model, in this process: `run(*options)` gives its folder and exit code."""
-
-    def command(*options: str) -> tuple[Path, int]:
-        folder = tmp_path_factory.mktemp("run") / "out"
-        model = [] if "--model" in options else ["--model", str(tiny_pipeline_folder)]
-        return folder, cli.main([*model, *SMALL, "--output", str(folder), *options])
-
-    return command
+    return runner(cli.main, tiny_pipeline_folder, SMALL, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +39,13 @@ def comparison(run):
 def test_comparison_writes_all_files(comparison):
     folder, code = comparison
     assert code == 0
-    names = {"video.mp4", "exact.mp4", "side_by_side.mp4", "motion.png", "trace.json", "summary.json"}
-    assert {file.name for file in folder.iterdir()} == names
+    assert {file.name for file in folder.iterdir()} == FILES
     assert read_video(folder / "video.mp4").shape == (21, 32, 32, 3)
 
 
 def test_summary_agrees_with_the_trace(comparison):
     folder, _ = comparison
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert set(SUMMARY_KEYS.split()) <= summary.keys()
     trace = Trace.from_dict(json.loads((folder / "trace.json").read_text()))
     assert trace.totals() == {key: summary[key] for key in ("tokens_computed", "tokens_total")}
@@ -89,7 +60,7 @@ def test_summary_agrees_with_the_trace(comparison):
 
 
 def test_exact_equals_stock_and_the_method_is_near(comparison):
-    summary = json.loads((comparison[0] / "summary.json").read_text())
+    summary = summary_of(comparison[0])
     assert summary["exact_vs_stock_max_error"] < 1e-4
     assert summary["stages"][0]["psnr_db"] > 80
     assert 20 < summary["psnr_db"] < 100 and 0 < summary["ssim"] < 1
@@ -97,7 +68,7 @@ def test_exact_equals_stock_and_the_method_is_near(comparison):
 
 def test_a_run_can_be_repeated_from_its_summary(comparison, run):
     """The settings in `summary.json` are a config file, and the same seed gives the same video."""
-    summary = json.loads((comparison[0] / "summary.json").read_text())
+    summary = summary_of(comparison[0])
     config = comparison[0].parent / "again.yaml"
     config.write_text(json.dumps(summary["config"]))
     folder, code = run("--config", str(config), "--no-compare")
@@ -108,7 +79,7 @@ def test_a_run_can_be_repeated_from_its_summary(comparison, run):
 def test_without_comparison_only_the_method_runs(run):
     folder, code = run("--no-compare", "--preset", "fast")
     assert code == 0
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert [stage["name"] for stage in summary["stages"]] == ["motioncache-fast"]
     assert summary["speedup_vs_exact"] is None and summary["psnr_db"] is None
     assert not (folder / "exact.mp4").exists() and (folder / "video.mp4").exists()
@@ -117,7 +88,7 @@ def test_without_comparison_only_the_method_runs(run):
 def test_exact_is_compared_with_stock(run):
     folder, code = run("--preset", "exact")
     assert code == 0
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert [stage["name"] for stage in summary["stages"]] == ["stock", "exact"]
     assert summary["speedup_vs_stock"] > 0 and summary["tokens_computed"] == summary["tokens_total"]
     assert (folder / "side_by_side.mp4").exists()
@@ -126,9 +97,9 @@ def test_exact_is_compared_with_stock(run):
 def test_stock_can_be_estimated_from_a_few_iterations(run):
     folder, code = run("--set", "stock=3", "--preset", "exact")
     assert code == 0
-    stock = json.loads((folder / "summary.json").read_text())["stages"][0]
+    stock = summary_of(folder)["stages"][0]
     assert stock["measured_iterations"] == 3 and stock["psnr_db"] is None
-    full = json.loads((run("--preset", "exact")[0] / "summary.json").read_text())["stages"][0]
+    full = summary_of(run("--preset", "exact")[0])["stages"][0]
     assert stock["flops"] == full["flops"] and stock["tokens_computed"] == full["tokens_computed"]
 
 
@@ -141,7 +112,7 @@ def test_a_video_is_continued(run, tmp_path):
     video = read_video(folder / "video.mp4")
     assert video.shape == (14 + 33 - 9, 32, 32, 3)
     np.testing.assert_allclose(video[:14].mean((1, 2))[:, 0], np.arange(14) * 16, atol=6)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     assert summary["exact_vs_stock_max_error"] is not None
 
 
@@ -150,7 +121,7 @@ def test_a_video_starts_with_an_image(run, tmp_path, schedule):
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "image.png")
     folder, code = run("--image", str(tmp_path / "image.png"), "--set", "prefix_noise=fresh", *schedule)
     assert code == 0
-    assert json.loads((folder / "summary.json").read_text())["exact_vs_stock_max_error"] < 1e-4
+    assert summary_of(folder)["exact_vs_stock_max_error"] < 1e-4
 
 
 def test_an_image_is_the_first_latent_frame(tiny_pipeline_folder):
@@ -188,7 +159,7 @@ def test_a_long_video_comes_in_windows(run):
     assert len(read_video(folder / "video.mp4")) == 33
     trace = Trace.from_dict(json.loads((folder / "trace.json").read_text()))
     assert {record.window for record in trace.records} == {0, 1}
-    assert json.loads((folder / "summary.json").read_text())["exact_vs_stock_max_error"] < 1e-4
+    assert summary_of(folder)["exact_vs_stock_max_error"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -214,12 +185,7 @@ def test_a_long_video_comes_in_windows(run):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, capsys, options, message):
-    folder, code = run(*options)
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    assert message in printed.err
-    assert not folder.exists(), "bad input leaves no folder behind"
+    assert_one_line(run, capsys, options, message)
 
 
 def test_unwritable_output_is_refused(run, capsys, tmp_path):
@@ -233,36 +199,15 @@ def test_help_names_every_option_and_both_gpus(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    options = (
-        "prompt negative-prompt preset config model image video num-frames height width steps seed guidance-scale "
-        "output device dtype offload no-compare set"
-    )
-    assert all(f"  --{option} " in text for option in options.split())
+    assert all(f"  --{option} " in text for option in [*OPTIONS.split(), "negative-prompt"])
     assert "24 GB" in text and "80 GB" in text
 
 
 def test_interruption_keeps_what_is_complete(tiny_pipeline_folder, tmp_path):
     """Ctrl-C in the third stage, which is long: the exact video is there and named."""
-    folder = tmp_path / "out"
-    command = [sys.executable, "-m", "skyreels_v2_motioncache", "--model", str(tiny_pipeline_folder), *SMALL]
-    command += ["--steps", "150", "--set", "stock=none", "--output", str(folder)]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 240
-    while not (folder / "exact.mp4").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"interrupted: complete in {folder}: exact.mp4" in errors
-    assert [file.name for file in folder.iterdir()] == ["exact.mp4"]
+    long = ["--model", str(tiny_pipeline_folder), *SMALL, "--steps", "150", "--set", "stock=none"]
+    errors = interrupt("skyreels_v2_motioncache", long, tmp_path / "out")
+    assert f"interrupted: complete in {tmp_path / 'out'}: exact.mp4" in errors
 
 
 def test_words_that_the_model_does_not_know_are_named(run, capsys):
@@ -280,6 +225,20 @@ def test_exit_codes(capsys):
     assert run_command(lambda: None) == 0
     assert run_command(bad) == 2 and run_command(stopped) == 130
     assert capsys.readouterr().err == "error: two lines\n\ninterrupted: complete in out: video.mp4\n"
+
+
+def test_subcommands_name_the_nearest_option_of_all():
+    parser = Parser("draw")
+    parser.add_subparsers(dest="name", required=True).add_parser("curve").add_argument("--colour", type=count)
+    assert parser.parse_args(["curve", "--colour", "2"]).colour == 2
+    for words, message in (
+        (["curve", "--color", "2"], "unknown option '--color'; did you mean '--colour'?"),
+        (["curve", "--colour", "0"], "argument --colour: 0 is outside its range; allowed: at least 1; see draw curve"),
+        (["curv"], "invalid choice: 'curv'"),
+    ):
+        with pytest.raises(UserError) as error:
+            parser.parse_args(words)
+        assert message in str(error.value)
 
 
 def test_assignments_are_read_as_yaml():

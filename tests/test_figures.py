@@ -1,7 +1,6 @@
 """Figures from result files: what is drawn, and that files of another kind are refused."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -56,9 +55,8 @@ def labels(axes):
     return axes.get_legend_handles_labels()[1]
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["figures", *map(str, arguments)])
-    figures.main()
+def run(*arguments):
+    return figures.main([str(argument) for argument in arguments])
 
 
 def test_quality_has_a_line_per_method_and_points_for_presets(results):
@@ -118,17 +116,31 @@ def test_distributions():
 
 def test_commands_write_into_the_docs(ablated, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
-    run(monkeypatch, "ablation", ablated, "--by", "alpha")
+    assert run("ablation", ablated, "--by", "alpha") == 0
     with Image.open(tmp_path / "figures/ablation-alpha.png") as image:
         assert image.width > 500
 
 
-@pytest.mark.parametrize("name", ["quality", "fidelity"])
-def test_files_of_another_kind_are_refused(name, tmp_path, monkeypatch):
-    path = tmp_path / "other.json"
-    path.write_text("{}")
-    with pytest.raises(UserError, match="is of another kind"):
-        run(monkeypatch, name, path)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quality", "{other}"], "is of another kind, it has no rows and quoted"),
+        (["fidelity", "{other}"], "is of another kind"),
+        (["quality", "{tmp}/nowhere.json"], "cannot be read"),
+        (["quality", "{overhead}"], "is of another kind"),
+        (["qualty", "{other}"], "invalid choice: 'qualty'"),
+        (["ablation", "{other}"], "the following arguments are required: --by"),
+        (["ablation", "{other}", "--by", "alpha", "--outptu", "x.png"], "did you mean '--output'?"),
+        (["weights", "--config", "{tmp}/nowhere.yaml"], "nowhere.yaml' cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    other, overhead = tmp_path / "other.json", tmp_path / "overhead.json"
+    other.write_text("{}")
+    overhead.write_text(json.dumps({"rows": [{"model": "tiny", "share": 0.4, "time_ratio": 0.5}], "lines": {}}))
+    assert run(*(word.format(other=other, overhead=overhead, tmp=tmp_path) for word in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def trace_with_maps(weights: list[torch.Tensor]) -> Trace:

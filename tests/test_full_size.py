@@ -1,7 +1,6 @@
 """The benchmark at full size, on the smallest size: the same path, but for the clock."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -25,14 +24,13 @@ def subject(request):
     return request.param("tiny", CPU)
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["full_size", "--size", "tiny", "--device", "cpu", *map(str, arguments)])
-    full_size.main()
+def run(*arguments):
+    return full_size.main(["--size", "tiny", "--device", "cpu", *map(str, arguments)])
 
 
-def test_one_command_makes_the_table(tmp_path, monkeypatch):
+def test_one_command_makes_the_table(tmp_path):
     output = tmp_path / "gpu" / "cpu.json"
-    run(monkeypatch, "--iterations", 1, "--shares", 0.5, "--output", output)
+    assert run("--iterations", 1, "--shares", 0.5, "--output", output) == 0
     data = json.loads(output.read_text())
     rows = {(row["model"], row["mode"]): row for row in data["rows"]}
     assert [mode for _, mode in rows] == [
@@ -56,9 +54,9 @@ def test_one_command_makes_the_table(tmp_path, monkeypatch):
     assert page.count("≈") == len(rows) + 1
 
 
-def test_compiled_blocks(tmp_path, monkeypatch):
+def test_compiled_blocks(tmp_path):
     output = tmp_path / "compiled.json"
-    run(monkeypatch, "--models", "magi", "--iterations", 1, "--shares", "--compile", "eager", "--output", output)
+    assert run("--models", "magi", "--iterations", 1, "--shares", "--compile", "eager", "--output", output) == 0
     data = json.loads(output.read_text())
     compiled = data["compiled"]["magi-1-random"]
     assert compiled["graph_breaks"] == 0 and 0 < compiled["graphs"] <= compiled["graph_limit"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from conftest import change_json
 from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -93,9 +96,10 @@ def test_missing_files(tmp_path, weights):
     write_shards(tmp_path / "w", weights)[0].unlink()
     with pytest.raises(UserError, match="00001-of-00002.safetensors is missing"):
         read_tensors(tmp_path / "w")
-    (tmp_path / "w" / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(UserError, match="not a checkpoint index"):
-        read_tensors(tmp_path / "w")
+    for text, message in (("{", "it is damaged"), ("{}", "has no 'weight_map'")):
+        (tmp_path / "w" / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_tensors(tmp_path / "w")
 
 
 def test_tensor_not_in_its_shard(tmp_path, weights):
@@ -214,13 +218,48 @@ def test_published_folder_faults(tmp_path, published, capsys):
         convert.load_published(published, VARIANTS["24B_base"], "24B_base")
     with pytest.raises(UserError, match="special_tokens.npz is missing|no.npz is missing"):
         convert.load_special_tokens(tmp_path / "no.npz")
-    (tmp_path / "bad.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="does not hold the special tokens"):
-        convert.load_special_tokens(tmp_path / "bad.npz")
-    with pytest.raises(SystemExit) as exit_code:
-        convert.main([str(published), "9B", str(tmp_path / "out")])
-    assert exit_code.value.code == 2
+    assert convert.main([str(published), "9B", str(tmp_path / "out")]) == 2
     assert "unknown MAGI-1 variant '9B'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert convert.main([str(published), "4.5B_distill", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    text = published / "t5" / "t5-v1_1-xxl"
+    change_json(text / "config.json", num_layers=2)
+    assert convert.main([str(published), "4.5B_distill", str(tmp_path / "out")]) == 2
+    assert re.search(r"error: .*t5-v1_1-xxl lacks encoder.block.1.*; fetch it again\n$", capsys.readouterr().err)
+    (text / "tokenizer.json").write_text("{")
+    assert convert.main([str(published), "4.5B_distill", str(tmp_path / "out")]) == 2
+    assert re.search(r"error: .*t5-v1_1-xxl' cannot be loaded .*\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("fault", ["nothing", "cut off", "an array", "flat", "few rows"])
+def test_damaged_special_tokens(published, tmp_path, fault):
+    """The published file is whole, and anything else is told in one line."""
+    file = tmp_path / "special_tokens.npz"
+    assert convert.load_special_tokens(file).caption_token.shape == (1, 32)
+    values = special_tokens_of_the_tiny_model()
+    if fault == "an array":
+        with file.open("wb") as stream:
+            np.save(stream, np.zeros(3))
+    elif fault in ("flat", "few rows"):
+        change = (
+            {"caption_token": values["caption_token"][0]} if fault == "flat" else {"other_tokens": torch.zeros(5, 32)}
+        )
+        np.savez(file, **{name: value.numpy() for name, value in (values | change).items()})
+    else:
+        file.write_bytes(file.read_bytes()[: 1000 if fault == "cut off" else 0])
+    with pytest.raises(UserError, match="does not hold the special tokens"):
+        convert.load_special_tokens(file)
+
+
+def test_compressed_shards_are_looked_for(published, weights):
+    folder = published / "magi" / "4.5B_distill"
+    shutil.rmtree(folder / PLAIN.weights)
+    first, _ = write_shards(folder / PLAIN.weights, weights, compressed=True)
+    inspect_checkpoint(folder)
+    first.unlink()
+    with pytest.raises(UserError, match="00001-of-00002.safetensors' cannot be read: No such file"):
+        inspect_checkpoint(folder)
 
 
 def test_the_command_opens_a_published_folder(tmp_path, published, monkeypatch):

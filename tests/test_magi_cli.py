@@ -1,22 +1,16 @@
 """The MAGI-1 command as a user meets it: its words, its files, its exit codes."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_cases import FILES, OPTIONS, SUMMARY_KEYS, assert_one_line, interrupt, runner, summary_of
 from PIL import Image
-from test_cli import SUMMARY_KEYS
 
 from common.cache import Trace
-from common.runs import REPOSITORY
 from common.video import read_video, write_video
 from magi1_motioncache import cli
 
@@ -28,13 +22,7 @@ SET_EARLY = [part for key, value in EARLY.items() for part in ("--set", f"cache.
 @pytest.fixture(scope="module")
 def run(magi_folder, tmp_path_factory):
     """The command on a random model, in this process: `run(*options)` gives its folder and exit code."""
-
-    def command(*options: str) -> tuple[Path, int]:
-        folder = tmp_path_factory.mktemp("run") / "out"
-        model = [] if "--model" in options else ["--model", str(magi_folder)]
-        return folder, cli.main([*model, *SMALL, "--output", str(folder), *options])
-
-    return command
+    return runner(cli.main, magi_folder, SMALL, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +41,10 @@ def clip(tmp_path_factory) -> Path:
     return path
 
 
-def summary_of(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
-
-
 def test_comparison_writes_all_files(comparison):
     folder, code = comparison
     assert code == 0
-    names = {"video.mp4", "exact.mp4", "side_by_side.mp4", "motion.png", "trace.json", "summary.json"}
-    assert {file.name for file in folder.iterdir()} == names
+    assert {file.name for file in folder.iterdir()} == FILES
     assert read_video(folder / "video.mp4").shape == (32, 32, 32, 3)
 
 
@@ -170,12 +153,7 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "message"), BAD, ids=[" ".join(options) for options, _ in BAD])
 def test_bad_input_is_one_line_and_exit_code_2(run, capsys, options, message):
-    folder, code = run(*options)
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    assert message in printed.err
-    assert not folder.exists(), "bad input leaves no folder behind"
+    assert_one_line(run, capsys, options, message)
 
 
 def test_a_short_video_is_refused(run, tmp_path, capsys):
@@ -210,37 +188,17 @@ def test_help_names_every_option_and_both_gpus(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    options = (
-        "prompt mode preset config model image video num-frames height width steps seed guidance-scale output device "
-        "dtype offload no-compare set"
-    )
-    assert all(f"  --{option} " in text for option in options.split())
+    assert all(f"  --{option} " in text for option in [*OPTIONS.split(), "mode"])
     assert "24 GB" in text and "80 GB" in text and "no stock" in text
 
 
 def test_interruption_keeps_the_chunks_that_are_clean(magi_folder, tmp_path):
     """Ctrl-C after the first chunk of the first stage: it is there, can be watched, and is named."""
     folder = tmp_path / "out"
-    command = [sys.executable, "-m", "magi1_motioncache", "--model", str(magi_folder), *SMALL]
-    command += ["--steps", "400", "--output", str(folder)]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 240
-    while not (folder / "exact.mp4").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    long = ["--model", str(magi_folder), *SMALL, "--steps", "400"]
+    errors = interrupt("magi1_motioncache", long, folder)
     (frames,) = re.findall(rf"interrupted: complete in {folder}: exact\.mp4 \(frames 1 to (\d+) of 32\)", errors)
     assert frames in ("8", "16", "24") and len(read_video(folder / "exact.mp4")) == int(frames)
-    assert [file.name for file in folder.iterdir()] == ["exact.mp4"]
 
 
 def test_words_that_the_model_does_not_know_are_named(run, capsys):

@@ -8,9 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cache import Record, Trace
-from magi1_motioncache.flops import forward_flops, plan_flops, trace_flops
+from magi1_motioncache.captions import NULL_TOKENS
+from magi1_motioncache.flops import Flops, forward_flops, trace_flops
 from magi1_motioncache.kv_cache import ChunkKVCache, ChunkKVView
-from magi1_motioncache.plan import Role, SamplingPlan
+from magi1_motioncache.plan import ChunkCall, Role, SamplingPlan
 from magi1_motioncache.presets import VARIANTS
 from magi1_motioncache.transformer import Magi1Transformer3DModel
 from tests.magi_cases import transformer
@@ -25,6 +26,16 @@ def config():
         return dict(Magi1Transformer3DModel(**VARIANTS["4.5B_distill"].transformer).config)
 
 
+def forwards_of(plan: SamplingPlan) -> list[ChunkCall]:
+    """All that a video takes without any caching."""
+    return [call for calls in plan.iterations() for call in calls]
+
+
+def cost(config, call: ChunkCall, tokens: int) -> Flops:
+    """Of one forward of a distilled model's chunk of `tokens` tokens."""
+    return forward_flops(config, tokens, call.kv_chunks * tokens, CAPTION if call.uses_text else NULL_TOKENS, True)
+
+
 @pytest.mark.parametrize(
     ("frames", "steps", "ranges", "forwards", "pairs", "a", "b", "c", "d"),
     [
@@ -35,15 +46,16 @@ def config():
 )
 def test_totals_of_the_published_size(config, frames, steps, ranges, forwards, pairs, a, b, c, d):
     sampling = VARIANTS["4.5B_distill"].sampling.replace(num_steps=steps, noise2clean_kvrange=ranges)
-    flops = plan_flops(config, SamplingPlan.for_frames(sampling, frames), 720, 720, CAPTION)
-    roles = [flops.roles[role] for role in (Role.DENOISE, Role.CLEAN, Role.NEAR)]
-    assert tuple(role.forwards for role in roles) == forwards
-    assert tuple(role.kv_chunks for role in roles) == pairs
+    calls = forwards_of(SamplingPlan.for_frames(sampling, frames))
+    roles = [[call for call in calls if call.role is role] for role in (Role.DENOISE, Role.CLEAN, Role.NEAR)]
+    assert tuple(map(len, roles)) == forwards
+    assert tuple(sum(call.kv_chunks for call in of) for of in roles) == pairs
+    costs = [(call.role, cost(config, call, 6 * 45 * 45)) for call in calls]
     # The known total projects all 800 rows of a padded caption; here padding never enters the model.
-    assert flops.count(lambda f: f.total) / PETA == pytest.approx(a, rel=1e-4)
-    assert flops.count(lambda f: f.blocks) / PETA == pytest.approx(b, abs=0.006)
-    assert flops.count(lambda f: f.blocks, [Role.CLEAN]) / PETA == pytest.approx(c, abs=0.006)
-    assert flops.count(lambda f: f.blocks, [Role.NEAR]) / PETA == pytest.approx(d, abs=0.006)
+    assert sum(flops.total for _, flops in costs) / PETA == pytest.approx(a, rel=1e-4)
+    for without, expected in ((None, b), (Role.CLEAN, c), (Role.NEAR, d)):
+        blocks = sum(flops.blocks for role, flops in costs if role is not without)
+        assert blocks / PETA == pytest.approx(expected, abs=0.006)
 
 
 @pytest.mark.parametrize("shortcut", [None, 4.0])
@@ -72,14 +84,13 @@ def test_a_trace_in_which_all_is_computed_costs_what_its_plan_does(config):
     plan = SamplingPlan.for_frames(sampling, 72)
     tokens = 6 * 4 * 4
     trace = Trace()
-    for calls in plan.iterations():
-        for call in calls:
-            role = "refresh" if call.role is Role.CLEAN else "denoise"
-            branch = "near" if call.role is Role.NEAR else "text"
-            trace.records.append(
-                Record(0, 0, call.chunk, branch, call.step, role, "full", tokens, tokens, call.kv_chunks * tokens)
-            )
-    whole = plan_flops(config, plan, 64, 64, CAPTION).count(lambda f: f.total)
+    for call in forwards_of(plan):
+        role = "refresh" if call.role is Role.CLEAN else "denoise"
+        branch = "near" if call.role is Role.NEAR else "text"
+        trace.records.append(
+            Record(0, 0, call.chunk, branch, call.step, role, "full", tokens, tokens, call.kv_chunks * tokens)
+        )
+    whole = sum(cost(config, call, tokens).total for call in forwards_of(plan))
     assert trace_flops(config, trace, CAPTION, True) == whole
     for record in trace.records:
         record.tokens = 0

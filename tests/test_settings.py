@@ -1,22 +1,18 @@
+"""Settings of SkyReels-V2: the shipped files, what wins over what, and which sizes and frame counts fit a model."""
+
 import dataclasses
-import json
 import shutil
-from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from common.devices import check_offload, resolve_device, resolve_dtype
 from common.errors import UserError
 from common.settings import CONFIGS, method_name
-from skyreels_v2_motioncache.checkpoint import Architecture, find_checkpoint, inspect_checkpoint
-from skyreels_v2_motioncache.loading import load_pipeline
+from skyreels_v2_motioncache.checkpoint import Architecture
 from skyreels_v2_motioncache.polynomial import POLYNOMIALS
-from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC
 from skyreels_v2_motioncache.settings import RunSettings, load_settings
 from skyreels_v2_motioncache.validate import check_given_video, check_shapes
-from skyreels_v2_motioncache.windows import Window, plan_windows, video_frames
+from skyreels_v2_motioncache.windows import Window
 
 REAL = Architecture(temporal_factor=4, spatial_factor=8, patch=(2, 2))
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -149,65 +145,6 @@ def test_unknown_preset_gets_a_hint():
         load_settings(preset="slwo")
 
 
-# -- windows ----------------------------------------------------------------------------------------------------------
-
-
-def test_windows_of_the_published_run():
-    assert plan_windows("text", 177, 97, 17, 5) == [Window(0, 25, 0), Window(20, 25, 5)]
-
-
-def test_windows_by_kind():
-    assert plan_windows("text", 97, 97, 17, 5) == [Window(0, 25, 0)]
-    assert plan_windows("text", 257, 97, 17, 5) == [Window(0, 25, 0), Window(20, 25, 5), Window(40, 25, 5)]
-    assert plan_windows("text", 137, 97, 17, 5) == [Window(0, 25, 0), Window(20, 15, 5)]
-    assert plan_windows("image", 177, 97, 17, 5)[0].prefix == 1
-    assert plan_windows("video", 77, 97, 17, 5) == [Window(0, 20, 5)]
-    assert plan_windows("video", 137, 97, 17, 5) == [Window(0, 25, 5), Window(20, 15, 5)]
-
-
-@pytest.mark.parametrize("kind", ["text", "image", "video"])
-@pytest.mark.parametrize("num_frames", [33, 45, 69, 81, 93])
-def test_windows_are_those_of_the_stock_pipeline(tiny_pipeline_folder, kind, num_frames):
-    """Listen to the pipeline as it makes its schedules, and let it denoise nothing."""
-    from PIL import Image
-
-    pipe = load_pipeline(tiny_pipeline_folder, kind)
-    pipe.set_progress_bar_config(disable=True)
-    seen = []
-    make_matrix = pipe.generate_timestep_matrix
-
-    def listen(frames, steps, base, ar_step, prefix, block):
-        seen.append((frames, prefix))
-        return make_matrix(frames, steps, base, ar_step, prefix, block)
-
-    def stop(pipe, i, t, tensors):
-        pipe._interrupt = True
-        return {}
-
-    pipe.generate_timestep_matrix = listen
-    given = {
-        "text": {},
-        "image": {"image": Image.new("RGB", (16, 16))},
-        "video": {"video": [Image.new("RGB", (16, 16))] * 9},
-    }
-    pipe(
-        prompt="a red circle",
-        **given[kind],
-        height=16,
-        width=16,
-        num_frames=num_frames,
-        base_num_frames=45,
-        overlap_history=9,
-        num_inference_steps=2,
-        ar_step=1,
-        causal_block_size=3,
-        max_sequence_length=8,
-        output_type="latent",
-        callback_on_step_end=stop,
-    )
-    assert seen == [(w.frames, w.prefix) for w in plan_windows(kind, num_frames, 45, 9, 3)]
-
-
 # -- what does not fit ------------------------------------------------------------------------------------------------
 
 
@@ -270,135 +207,3 @@ def test_a_given_video_must_reach_over_the_overlap():
     with pytest.raises(UserError, match=r"or --set overlap_history=17$"):
         check_given_video(settings(video="clip.mp4", overlap_history=37), [None] * 20, 4)
     check_given_video(settings(video="clip.mp4"), [None] * 17, 4)
-
-
-# -- checkpoints and devices ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkpoint(tiny_pipeline_folder, tmp_path) -> Path:
-    """A checkpoint of its own, to break."""
-    return Path(shutil.copytree(tiny_pipeline_folder, tmp_path / "checkpoint"))
-
-
-def change_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_a_whole_checkpoint_is_accepted(tiny_pipeline_folder):
-    assert inspect_checkpoint(find_checkpoint(str(tiny_pipeline_folder))) == Architecture(4, 4, (2, 2))
-
-
-@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "assets/no-such-model", "a/b/c", "word"])
-def test_what_is_neither_folder_nor_hub_name_is_refused(name):
-    with pytest.raises(UserError, match="is neither a folder nor the name of a hub repository"):
-        find_checkpoint(name)
-
-
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
-    import huggingface_hub
-
-    def fail(*args, **kwargs):
-        raise ConnectionError("no\nroute to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=r"'Some/Model' .*ConnectionError: no route to host\); check the name"):
-        find_checkpoint("Some/Model")
-
-
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_missing_parts_are_named(checkpoint, part):
-    shutil.rmtree(checkpoint / part)
-    with pytest.raises(UserError, match=f"has no '{part}'"):
-        inspect_checkpoint(checkpoint)
-
-
-def test_missing_weights_are_named(checkpoint):
-    for file in (checkpoint / "vae").glob("*.safetensors"):
-        file.unlink()
-    with pytest.raises(UserError, match="no weights: no .*safetensors in 'vae'"):
-        inspect_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize("left", [0, 4, 100, -1])
-def test_truncated_weights_are_found_before_loading(checkpoint, left):
-    (file,) = (checkpoint / "transformer").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(UserError, match=r"\.safetensors' is truncated: \d+ bytes, its header .*fetch it again"):
-        inspect_checkpoint(checkpoint)
-
-
-def test_a_missing_shard_is_found(checkpoint):
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (checkpoint / "text_encoder/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="model-00001-of-00002.safetensors' cannot be read: No such file"):
-        inspect_checkpoint(checkpoint)
-
-
-def test_other_architectures_are_refused(checkpoint):
-    change_json(checkpoint / "transformer/config.json", _class_name="WanTransformer3DModel")
-    with pytest.raises(UserError, match=r"another architecture: its transformer is 'WanTransformer3DModel'"):
-        inspect_checkpoint(checkpoint)
-
-
-def test_an_image_conditioned_transformer_is_refused(checkpoint):
-    change_json(checkpoint / "transformer/config.json", in_channels=20)
-    with pytest.raises(UserError, match="an image-to-video model with 20 input channels"):
-        inspect_checkpoint(checkpoint)
-
-
-def test_damaged_json_is_refused(checkpoint):
-    (checkpoint / "vae/config.json").write_text('{"_class_name": ')
-    with pytest.raises(UserError, match=r"vae/config.json' cannot be read: it is damaged"):
-        inspect_checkpoint(checkpoint)
-
-
-def test_weights_that_do_not_fit_their_config_are_one_line(checkpoint):
-    change_json(checkpoint / "transformer/config.json", ffn_dim=64)
-    with pytest.raises(UserError, match=r"cannot be loaded \(\w+: .*fetch it again") as error:
-        load_pipeline(checkpoint)
-    assert "\n" not in str(error.value)
-
-
-def test_half_precision_leaves_what_must_stay_whole(tiny_pipeline_folder):
-    pipe = load_pipeline(tiny_pipeline_folder, dtype=torch.bfloat16)
-    assert pipe.vae.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
-    transformer = pipe.transformer
-    assert transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
-    assert transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
-    assert transformer.blocks[0].scale_shift_table.dtype == torch.float32
-
-
-def test_scheduler_by_settings(tiny_pipeline_folder):
-    stock = load_pipeline(tiny_pipeline_folder, sigmas="diffusers").scheduler
-    assert type(stock).__name__ == "UniPCMultistepScheduler" and stock.config.flow_shift == 3.0
-    original = load_pipeline(tiny_pipeline_folder, shift=8.0).scheduler
-    assert isinstance(original, OriginalSigmasUniPC) and original.config.flow_shift == 8.0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="device: 'cuda' is not there.*use --device cpu"):
-        resolve_device("cuda")
-    assert resolve_device("auto") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["tpu", "cuda:x", "gpu"])
-def test_unknown_devices_are_refused(name):
-    with pytest.raises(UserError, match="is not allowed; give 'auto', 'cpu', 'cuda' or 'cuda:N'"):
-        resolve_device(name)
-
-
-def test_dtypes_by_device():
-    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
-    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
-
-
-def test_offloading_needs_a_gpu():
-    with pytest.raises(UserError, match="use --offload none"):
-        check_offload("group", torch.device("cpu"))
-
-
-def test_latent_frames_decode_to_video_frames():
-    assert [video_frames(n) for n in (1, 5, 25, 30)] == [1, 17, 97, 117]

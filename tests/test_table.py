@@ -1,7 +1,6 @@
 """From folders of samples to tables: means, intervals, differences, and what is said of unfinished ones."""
 
 import csv
-import importlib.util
 import json
 import subprocess
 
@@ -167,10 +166,9 @@ def test_whole_iterations_of_a_joint_method():
     assert paper_flops.whole_iterations([both]) == 0.25
 
 
-def test_paper_flops_of_samples(samples, tmp_path, monkeypatch):
+def test_paper_flops_of_samples(samples, tmp_path):
     output = tmp_path / "flops.json"
-    monkeypatch.setattr("sys.argv", ["paper_flops", str(samples), "--output", str(output)])
-    paper_flops.main()
+    assert paper_flops.main([str(samples), "--output", str(output)]) == 0
     rows = {(row["paper"], row["method"]): row for row in json.loads(output.read_text())["rows"]}
     assert set(rows) == {
         ("MotionCache", "flowcache-slow"),
@@ -193,15 +191,6 @@ def test_times_of_different_runs_are_not_compared(tmp_path):
         assert (row["speedup_vs_exact"], row["psnr_db"]) == (expected, 31.0)
 
 
-@pytest.fixture(scope="module")
-def documents():
-    """The script that writes tables into documents, as a module."""
-    spec = importlib.util.spec_from_file_location("update_tables", REPOSITORY / "scripts/update_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def data(samples, tmp_path):
     table.make_table([samples], tmp_path / "t.json", "python -m benchmarks.table out")
@@ -220,6 +209,15 @@ def test_differences_in_a_document(documents, data):
     lines = documents.differences(data).splitlines()
     assert "| skyreels-v2-tiny | best-matched@0.2 | flowcache-matched@0.4 | +3.00 ± 0.00 dB |" in lines
     assert not [line for line in lines if "flowcache-slow" in line], "presets have no share to compare at"
+
+
+def test_parts_in_a_document(documents, data):
+    lines = documents.parts(data).splitlines()
+    assert (
+        "| skyreels-v2-tiny | motioncache-matched@0.2 | 0.200 | 21.00 ± 2.48 | 0.9000 ± 0.0000 | -13.00 ± 0.00 |"
+        in lines
+    )
+    assert "| skyreels-v2-tiny | best-matched@0.2 | 0.200 | 34.00 ± 2.48 | 0.9000 ± 0.0000 | – |" in lines
 
 
 def test_floor_in_a_document(documents, data):
