@@ -227,6 +227,7 @@ def kv_memory(data: Data) -> str:
 
 
 BEST = "python -m benchmarks.table OUT OUT2 --output results/best-tiny.json"
+QUALITY = "python -m benchmarks.table OUT OUT2 --output results/quality-tiny.json"
 LONG = (
     "python -m benchmarks.long_video configs/experiments/best_{0}_tiny.yaml "
     "--methods best-matched@0.3 flowcache-matched@0.3 --chunks {2} --output results/long-video-{1}-tiny.json"
@@ -239,9 +240,9 @@ REPRODUCE = "bash scripts/reproduce_table1.sh --tiny"
 FIDELITY = "python -m benchmarks.score_fidelity --config configs/{0}_slow.yaml --output results/score-fidelity-{1}.json"
 ABLATIONS = ("alpha", "chunk-phase", "threshold", "distance", "reuse", "vote", "score", "kv")
 MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
-    "quality": ("best-tiny", summary, BEST),
-    "quality-skyreels": ("best-tiny", partial(comparison, "skyreels-v2-tiny"), BEST),
-    "quality-magi": ("best-tiny", partial(comparison, "magi1-tiny"), BEST),
+    "quality": ("quality-tiny", summary, QUALITY),
+    "quality-skyreels": ("quality-tiny", partial(comparison, "skyreels-v2-tiny"), QUALITY),
+    "quality-magi": ("quality-tiny", partial(comparison, "magi1-tiny"), QUALITY),
     "differences": ("best-tiny", differences, BEST),
     "parts": ("parts-tiny", parts, "python -m benchmarks.table OUT OUT2 --output results/parts-tiny.json"),
     "floor": ("floor-tiny", floor, "python -m benchmarks.table OUT OUT2 --output results/floor-tiny.json"),
