@@ -13,7 +13,7 @@ Markdown, CSV and JSON. What is finished is not made again: the same command goe
   --tiny           the small checkpoints of this repository, on the CPU: under 30 minutes on two cores
                    (without it: SkyReels-V2 1.3B 540P and MAGI-1 4.5B distilled on VBench's prompts, on all GPUs,
                    scored with VBench too, which gets an environment of its own)
-  --prompts N      only the first N prompts of each model (default: 2 with --tiny, else all)
+  --prompts N      only the first N prompts of each model (default: 4 with --tiny, else all)
   --processes N    side by side (default: as many as there are cores with --tiny, else GPUs)
   --output DIR     samples and tables (default: outputs/table1-tiny, outputs/table1)
 TEXT
@@ -55,7 +55,7 @@ output=${output:-outputs/table1$tiny}
 
 if [[ -n $tiny ]]; then
     experiments=(table1_skyreels_v2_tiny table1_magi1_tiny)
-    prompts=${prompts:-2}
+    prompts=${prompts:-4}
     processes=${processes:-$(getconf _NPROCESSORS_ONLN)}
     launch=("$python" -m benchmarks.sample)
     parallel=(--processes "$processes")
