@@ -18,7 +18,11 @@ def use_onednn(module: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():
         return
     for conv in module.modules():
-        if isinstance(conv, (nn.Conv2d, nn.Conv3d)) and conv.padding_mode == "zeros" and conv.padding != "same":
+        if (
+            isinstance(conv, (nn.Conv2d, nn.Conv3d))
+            and conv.padding_mode == "zeros"
+            and isinstance(conv.padding, tuple)
+        ):
             conv._conv_forward = partial(_convolve, conv)
 
 

@@ -126,7 +126,6 @@ class KVCache:
         line: KeyValueLine | None = None,
     ) -> None:
         self.tokens = tokens
-        self.storage = storage
         self.compression = compression
         self.line = line
         self._layers = [LayerKV(layer, tokens, storage, compression, line) for layer in range(layers)]
