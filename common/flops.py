@@ -16,8 +16,8 @@ class ModelCost:
         attention_per_pair: QKᵀ and PV of self-attention in all blocks, per query and key.
         cross_per_token: QKᵀ and PV of cross-attention in all blocks, per computed token.
         edge_per_token: patch embedding and output head, per token of a chunk, computed or not.
-        per_call: time embedding and text projection, once per call of the model.
-        prompt: K/V projections of the prompt in all blocks, once per prompt and branch.
+        per_call: time embedding, once per call of the model, and the text projection where each call repeats it.
+        prompt: K/V projections of the prompt in all blocks, and its text projection if kept; once per branch.
     """
 
     linear_per_token: float
@@ -36,7 +36,7 @@ class ModelCost:
         return self.blocks(record.tokens, record.kv_tokens) + record.tokens_total * self.edge_per_token + self.per_call
 
     def trace_flops(self, trace: Trace) -> float:
-        """A whole video. The prompt's K/V are computed once per branch."""
+        """A whole video. What depends on the prompt alone is computed once per branch."""
         branches = {r.branch for r in trace.records}
         return sum(map(self.record_flops, trace.records)) + len(branches) * self.prompt
 

@@ -77,7 +77,7 @@ class CachedSelfAttention(_Processor):
         out = self._attend(query, key, value)
         if place.compress:
             place.kv.compress(query, place.write)
-        return attn.to_out[1](attn.to_out[0](out))
+        return attn.to_out[0](out)  # its dropout has no part in sampling
 
 
 class CachedCrossAttention(_Processor):
@@ -97,11 +97,11 @@ class CachedCrossAttention(_Processor):
             prompt.kv = (attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         out = self._attend(query, *prompt.kv)
-        return attn.to_out[1](attn.to_out[0](out))
+        return attn.to_out[0](out)  # its dropout has no part in sampling
 
 
 def rotary_table(cos: Tensor, sin: Tensor) -> Tensor:
-    """SkyReels-V2's rotary tables as one complex number per channel pair, made once for all layers.
+    """SkyReels-V2's rotary tables as one complex number per channel pair, made for all layers and steps.
 
     Args:
         cos, sin: `[1, tokens, 1, head dim]`, each value twice in a row.

@@ -17,13 +17,12 @@ def model_cost(transformer: SkyReelsV2Transformer3DModel, text_tokens: int = 512
     """
     blocks = transformer.blocks
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    per_token, prompt = 0.0, 0.0
+    embedder = transformer.condition_embedder
+    per_token, prompt = 0.0, text_tokens * _linears(embedder.text_embedder)
     for block in blocks:
         prompt += text_tokens * (_linear(block.attn2.to_k) + _linear(block.attn2.to_v))
         on_tokens = [block.attn1, block.attn2.to_q, block.attn2.to_out, block.ffn]
         per_token += sum(_linears(module) for module in on_tokens)
-    embedder = transformer.condition_embedder
-    text = text_tokens * _linears(embedder.text_embedder)
     time = _linears(embedder.time_embedder) + _linear(embedder.time_proj)
     fps = _linears(transformer.fps_projection) if transformer.config.inject_sample_info else 0.0
     patch = 2.0 * transformer.patch_embedding.weight.numel()
@@ -32,7 +31,7 @@ def model_cost(transformer: SkyReelsV2Transformer3DModel, text_tokens: int = 512
         attention_per_pair=4.0 * width * len(blocks),
         cross_per_token=4.0 * width * len(blocks) * text_tokens,
         edge_per_token=patch + _linear(transformer.proj_out),
-        per_call=text + time + fps,
+        per_call=time + fps,
         prompt=prompt,
     )
 

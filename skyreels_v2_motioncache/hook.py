@@ -57,7 +57,7 @@ class MotionCacheHook(ModelHook):
         self.keep_maps = keep_maps
         self.branches = StateManager(BranchState)
         self.plan: WindowPlan | None = None
-        self.route: Route | None = None
+        self.route = Route()
         self.installed_forward: Callable | None = None
         self._window = -1
 
@@ -72,7 +72,7 @@ class MotionCacheHook(ModelHook):
         """Free everything but the trace."""
         self.branches.reset()
         self.engine.start_window()
-        self.plan, self._window = None, -1
+        self.plan, self.route, self._window = None, Route(), -1
 
     def start_window(self, plan: WindowPlan) -> None:
         """A new window of the video, with its schedule."""
@@ -124,7 +124,8 @@ class MotionCacheHook(ModelHook):
         }
         if branch.kv is None:
             branch.kv = self._new_cache(module, hidden_states)
-        with chunk_routing(module) as self.route:
+        self.route.text = branch.prompts[0].text if branch.prompts else None
+        with chunk_routing(module, self.route):
             output = self._run_window(module, name, branch, hidden_states, timestep, conditions)
         branch.iteration += 1
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
@@ -196,20 +197,22 @@ class MotionCacheHook(ModelHook):
                 continue
             frames, signals = self.plan.frame_range(chunk), None
             if self.engine.announces_signals:
-                signals = self._signals(chunk, hidden_states[:, :, frames], timestep[:, frames], conditions)
+                signals = self._signals(iteration, chunk, hidden_states[:, :, frames], timestep[:, frames], conditions)
             announced.append((self._step(name, iteration, chunk, grid, kv_tokens=0), signals))
         if announced:
             self.engine.announce(announced, name)
 
-    def _signals(self, chunk: int, latents: Tensor, timestep: Tensor, conditions: dict[str, Any]) -> Signals:
+    def _signals(
+        self, iteration: int, chunk: int, latents: Tensor, timestep: Tensor, conditions: dict[str, Any]
+    ) -> Signals:
         """What can be measured of a chunk before its blocks run: the stock forward without them."""
         heard = []
 
-        def listen(x: Tensor, text: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], mask: None) -> Tensor:
+        def listen(x: Tensor, text: Tensor, modulation: Tensor, table: Tensor, mask: None) -> Tensor:
             heard.append(Signals(x, modulation))
             return x
 
-        self._forward(listen, chunk, latents, timestep, conditions)
+        self._forward(listen, iteration, chunk, latents, timestep, conditions)
         return heard[0]
 
     def _step(self, name: str, iteration: int, chunk: int, grid: tuple[int, int, int], kv_tokens: int) -> ChunkStep:
@@ -246,15 +249,15 @@ class MotionCacheHook(ModelHook):
         role = "denoise" if self.plan.status(iteration, chunk) == "active" else "refresh"
         time = self.engine.time(step) if role == "denoise" else None
 
-        def stack(x: Tensor, text: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], mask: None) -> Tensor:
+        def stack(x: Tensor, text: Tensor, modulation: Tensor, table: Tensor, mask: None) -> Tensor:
             # Behind the patch embedding a token's channels are a chunk apart, and blocks keep the layout they are
             # given: every norm and projection would begin with a copy.
             x = x.contiguous()
 
             def blocks(selected: Tensor, index: Tensor | None) -> Tensor:
-                m, r = modulation, attention.rotary_table(*rope)
+                m, r = modulation, table
                 if index is not None:
-                    r = r[:, index]
+                    r = table.index_select(1, index)
                     m = modulation[:, :, index] if modulation.dim() == 4 else modulation
                 write = Write(start, tokens, index, time)
                 compress = branch.kv.compression is not None and self._becomes_final(iteration, chunk)
@@ -268,7 +271,7 @@ class MotionCacheHook(ModelHook):
             patches = to_tokens(latents, module.config.patch_size) if self.engine.needs_latents else None
             return self.engine.run_blocks(step, Signals(x, modulation, patches), blocks, role)
 
-        output = self._forward(stack, chunk, latents, timestep, conditions)
+        output = self._forward(stack, iteration, chunk, latents, timestep, conditions)
         if not self.engine.reuses_outputs:
             self.engine.finish(output)
             return output
@@ -278,6 +281,7 @@ class MotionCacheHook(ModelHook):
     def _forward(
         self,
         stack: Stack,
+        iteration: int,
         chunk: int,
         latents: Tensor,
         timestep: Tensor,
@@ -287,6 +291,7 @@ class MotionCacheHook(ModelHook):
         # Frames of a chunk nearly always share one noise level; the modulation is then one row for all its tokens.
         shared = not self.plan.is_mixed(chunk) or bool((timestep == timestep[:, :1]).all())
         self.route.stack, self.route.first_frame = stack, self.plan.frame_range(chunk).start
+        self.route.level = self.plan.shared_timestep(iteration, chunk)
         return self.fn_ref.original_forward(
             latents,
             timestep[:, 0] if shared else timestep,

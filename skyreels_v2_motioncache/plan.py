@@ -114,6 +114,11 @@ class WindowPlan:
         moving = [t for t, updated in zip(timesteps, update_mask, strict=True) if updated]
         return sum(moving) / len(moving) / 1000
 
+    def shared_timestep(self, iteration: int, chunk: int) -> float | None:
+        """The timestep that the transformer is told for all frames of a chunk; None if they differ or any was given."""
+        timesteps = set(self._rows[0][iteration][self.frame_range(chunk)])
+        return timesteps.pop() if len(timesteps) == 1 and not self.is_prefix(chunk) else None
+
     def work(self, iteration: int, clean: Container[int]) -> list[int]:
         """Chunks that must be computed at an iteration, in causal order.
 

@@ -180,7 +180,7 @@ class Engine:
         else:
             outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self.time(step), x.device)
             if choice.tokens is not None:
-                outputs[:, choice.tokens] = blocks(x[:, choice.tokens], choice.tokens)
+                outputs.index_copy_(1, choice.tokens, blocks(_rows(x, choice.tokens), choice.tokens))
         self._current = (step, state, signals, choice, role, outputs)
         self._record(step, choice, role, weights)
         return outputs
@@ -210,24 +210,23 @@ class Engine:
         if role == "refresh":
             self.policy.observe_refresh(step, state, signals, outputs)
             return output
+        tokens = choice.tokens
+        computed = _rows(output if self.reuses_outputs else outputs, tokens)
         if self.reuses_outputs:
             scale = self._output_scale(step)
-            values = output * scale
             if choice.decision != "full":
-                reused = state.buffer.predict(self.time(step), output.device) / scale
-                if choice.tokens is not None:
-                    reused[:, choice.tokens] = output[:, choice.tokens]
-                output = reused
-        else:
-            values = outputs - signals.inputs
+                output = state.buffer.predict(self.time(step), output.device) / scale
+                if tokens is not None:
+                    output.index_copy_(1, tokens, computed)
         if choice.decision != "reuse":
-            tokens = choice.tokens
-            state.buffer.store(values if tokens is None else values[:, tokens], self.time(step), tokens)
+            inputs = _rows(signals.inputs, tokens)
+            values = computed * scale if self.reuses_outputs else computed - inputs
+            state.buffer.store(values, self.time(step), tokens)
             if self.config.score == "input_change":
                 if tokens is None:
-                    state.last_input = signals.inputs.clone()
+                    state.last_input = inputs.clone()
                 else:
-                    state.last_input[:, tokens] = signals.inputs[:, tokens]
+                    state.last_input.index_copy_(1, tokens, inputs)
         neighbour = self._states.get((step.chunk - 1, step.branch))
         self.policy.observe(step, state, neighbour, signals, outputs)
         return output
@@ -265,6 +264,11 @@ class Engine:
     def time(self, step: ChunkStep) -> float:
         """Variable of a step over which cached values are extended."""
         return step.sigma if self.config.extrapolation == "sigma" else log_snr(step.sigma)
+
+
+def _rows(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """Rows of `[batch, tokens, channels]`; None for all."""
+    return x if tokens is None else x.index_select(1, tokens)
 
 
 def _maps(record: Record, step: ChunkStep, weights: Tensor | None, tokens: Tensor | None) -> StepMaps:

@@ -64,16 +64,15 @@ class ReuseBuffer:
         if self.last is None or self.last_time is None:
             raise RuntimeError("a chunk's first stored step must cover all its tokens")
         tokens = tokens.to(self.last.device)
-        old = self.last[:, tokens]
         if self.measure is not None:
             self.change[tokens] = self._measured(values, time, tokens)
         if self.order:
             if self.before is None:  # only now does any token have two measurements
                 self.before, self.before_time = self.last.clone(), self.last_time.clone()
-            self.before[:, tokens] = old
+            self.before.index_copy_(1, tokens, self.last.index_select(1, tokens))
             self.before_time[tokens] = self.last_time[tokens]
-        self.last[:, tokens] = values
-        self.last_time[tokens] = time
+        self.last.index_copy_(1, tokens, values)
+        self.last_time.index_fill_(0, tokens, time)
 
     def _store_all(self, values: Tensor, time: float) -> None:
         if self.measure is not None:
