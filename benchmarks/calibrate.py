@@ -136,7 +136,8 @@ def _parser() -> Parser:
         "--distance",
         choices=get_args(Distance),
         default="keep",
-        help="what tells how much a step changes: the config's, or measured on exact runs first (keep)",
+        help="what tells how much a step counts: the config's, or measured first: how much the residual changes (table), "
+        "what leaving the step out does to the result (sensitivity), or a polynomial of the time modulation (keep)",
     )
     parser.add_argument("--prompts", type=count, default=8, metavar="N", help="prompts to choose on (8)")
     parser.add_argument(

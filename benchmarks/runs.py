@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from benchmarks.samples import sample_fingerprint
 from benchmarks.search import NEVER, Point
@@ -21,7 +22,7 @@ from benchmarks.subject import EXACT, Subject, one_thread, sample
 from benchmarks.takes import Take
 from common import metrics
 from common.cache import MotionCacheConfig, Record, Trace
-from common.cache.calibration import ChangeRecorder, StepChange
+from common.cache.calibration import ChangeRecorder, StepChange, StepSkipper
 from common.cache.foretell import foretell
 from common.console import Reporter, quiet_libraries
 from common.files import atomic_path
@@ -39,14 +40,15 @@ class Run:
     """One video, made in one way.
 
     Attributes:
-        kind: `exact`, `changes` (exact, noting how much changes from step to step) or `cached`.
+        kind: `exact`, `changes` (exact, noting how much changes from step to step), `skips` (the first chunk, whole
+            and then without each of its steps) or `cached`.
         take: what to show.
         cache: how to cache.
         reference: frames of the exact video, which an exact run writes and a cached one is compared with; None if
             frames are not needed.
     """
 
-    kind: Literal["exact", "changes", "cached"]
+    kind: Literal["exact", "changes", "skips", "cached"]
     take: Take
     cache: MotionCacheConfig
     reference: Path | None = None
@@ -97,6 +99,16 @@ class Runs:
         """How much changed from step to step in exact runs."""
         results = self._results([Run("changes", take, RECORDING) for take in takes])
         return [StepChange(**sample) for result in results for sample in result["samples"]]
+
+    def skips(self, cache: MotionCacheConfig, takes: Sequence[Take]) -> list[list[float]]:
+        """For each video and step, the error in the first chunk's latents when that step alone is reused (RMS)."""
+        reusing = RECORDING.replace(
+            reuse=cache.reuse,
+            extrapolation=cache.extrapolation,
+            extrapolation_weight=cache.extrapolation_weight,
+            state_device=cache.state_device,
+        )
+        return [result["errors"] for result in self._results([Run("skips", take, reusing) for take in takes])]
 
     def point(self, cache: MotionCacheConfig, takes: Sequence[Take], frames: bool) -> Point:
         """What a way of caching gives against exact execution.
@@ -181,6 +193,8 @@ class Runs:
 def make(subject: Subject, run: Run) -> dict[str, Any]:
     """Make a run with a loaded model; plain figures, as they are written to the file."""
     generator = subject.generator(*run.take)
+    if run.kind == "skips":
+        return {"errors": skip_errors(generator, run.cache)}
     recorder = ChangeRecorder() if run.kind == "changes" else None
     made = sample(generator, run.cache, recorder, decode=run.reference is not None)
     figures: dict[str, Any] = {"flops": made.flops, "seconds": made.seconds, "token_share": made.share}
@@ -199,6 +213,23 @@ def make(subject: Subject, run: Run) -> dict[str, Any]:
         else:
             figures["psnr_db"] = metrics.psnr(frames, np.load(run.reference))
     return figures
+
+
+def skip_errors(generator: Generator, cache: MotionCacheConfig) -> list[float]:
+    """RMS error of the first chunk's finished latents when one step alone is reused, `[steps]`; 0 for step 0."""
+
+    def first_chunk(skip: int | None) -> Tensor:
+        policy = StepSkipper(skip)
+        generator.attach(cache, keep_maps=False, policy=policy)
+        try:  # an iteration more than it has steps: then it is handed over
+            latents = generator.run(stop_after=generator.settings.steps + 1).latents
+        finally:
+            generator.detach()
+        return latents[:, :, : policy.frames].float()
+
+    exact = first_chunk(None)
+    steps = range(1, generator.settings.steps)
+    return [0.0] + [float((first_chunk(step) - exact).square().mean().sqrt()) for step in steps]
 
 
 def savings(generator: Generator, trace: Trace) -> list[float]:
@@ -240,7 +271,7 @@ def warm(load: Load) -> Subject:
 def _label(run: Run) -> str:
     if run.kind == "cached":
         return "warm-up alone" if run.cache.threshold == NEVER else f"threshold {run.cache.threshold:g}"
-    return {"exact": "exact", "changes": "changes per step"}[run.kind]
+    return {"exact": "exact", "changes": "changes per step", "skips": "each step left out"}[run.kind]
 
 
 def _read(ledger: Path) -> dict[str, dict[str, Any]]:

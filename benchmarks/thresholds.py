@@ -10,11 +10,11 @@ from benchmarks.runs import Runs
 from benchmarks.search import Curve, Point, Target, search
 from benchmarks.takes import Take
 from common.cache import MotionCacheConfig
-from common.cache.calibration import distance_table, fit_polynomial
+from common.cache.calibration import distance_table, fit_polynomial, sensitivity_table
 from common.cache.foretell import is_foretellable
 from common.errors import UserError
 
-Distance = Literal["keep", "table", "modulation"]
+Distance = Literal["keep", "table", "sensitivity", "modulation"]
 Tunable = Literal["alpha", "chunk_phase"]
 TUNABLE: tuple[Tunable, ...] = get_args(Tunable)
 ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -62,8 +62,8 @@ def measure_distance(
     Args:
         runs: makes them.
         cache: to change.
-        distance: `table` (mean change of the residual per step), `modulation` (a polynomial of the time modulation's
-            change) or `keep`.
+        distance: `table` (mean change of the residual per step), `sensitivity` (a table too: what the result loses when
+            a step is left out), `modulation` (a polynomial of the time modulation's change) or `keep`.
         takes: videos to measure on.
 
     Raises:
@@ -71,6 +71,8 @@ def measure_distance(
     """
     if distance == "keep":
         return cache
+    if distance == "sensitivity":
+        return cache.replace(distance="table", distance_table=sensitivity_table(runs.skips(cache, takes)))
     if distance == "modulation" and runs.changes(takes[:1])[0].modulation is None:
         raise UserError("--distance modulation: this model has no time modulation; choose 'table' or 'keep'")
     changes = runs.changes(takes)

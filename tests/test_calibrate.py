@@ -13,13 +13,20 @@ import yaml
 from rich.console import Console
 
 from benchmarks import calibrate, match, thresholds
-from benchmarks.runs import Runs, savings, token_savings
+from benchmarks.runs import Runs, savings, skip_errors, token_savings
 from benchmarks.search import NEVER, Curve, Point, Target, search
 from benchmarks.subject import EXACT, load_settings, load_subject, sample
 from benchmarks.takes import Take, TakeSets
 from benchmarks.thresholds import tell_threshold
 from common.cache import ChunkStep, MotionCacheConfig, Signals
-from common.cache.calibration import ChangeRecorder, StepChange, distance_table, fit_polynomial
+from common.cache.calibration import (
+    ChangeRecorder,
+    StepChange,
+    StepSkipper,
+    distance_table,
+    fit_polynomial,
+    sensitivity_table,
+)
 from common.cache.foretell import foretell, is_foretellable
 from common.console import Reporter
 from common.errors import UserError
@@ -145,6 +152,37 @@ def test_polynomial_of_the_modulation():
     assert fit_polynomial(samples, degree=2) == pytest.approx([2, 0, 1], abs=1e-9)
 
 
+def test_sensitivity_is_the_cube_root_of_the_mean_error():
+    assert sensitivity_table([[0.0, 0.008, 0.5], [0.0, 0.046, 0.5]]) == pytest.approx([0, 0.3, 0.7937], abs=1e-4)
+
+
+def test_each_step_left_out_is_that_of_the_first_chunk(config):
+    two_chunks = {"num_frames": 21} if "skyreels" in config.name else {}
+    subject = load_subject(config, options=two_chunks)
+    cache = MotionCacheConfig(distance="input", alpha=1.0, extrapolation="logsnr")
+    generator = subject.generator(*TAKE)
+    handle = generator.attach(cache, keep_maps=False, policy=StepSkipper(5))
+    try:
+        latents = generator.run(stop_after=STEPS + 1).latents
+    finally:
+        generator.detach()
+    decided = {(r.chunk, r.step): r.decision for r in handle.trace.records if r.role == "denoise"}
+    reused = {place for place, decision in decided.items() if decision == "reuse"}
+    assert {step for chunk, step in reused if chunk == 0} == {5}
+    assert {step for chunk, step in decided if chunk == 1 and (chunk, step) not in reused} == {0}
+    # The chunk is finished, and as it would be in a whole video.
+    generator.attach(EXACT, keep_maps=False)
+    try:
+        exact = generator.run().latents
+    finally:
+        generator.detach()
+    errors = skip_errors(generator, cache)
+    frames = exact.shape[2] // (1 + max(chunk for chunk, _ in decided))
+    difference = (latents[:, :, :frames] - exact[:, :, :frames]).square().mean().sqrt()
+    assert errors[5] == pytest.approx(float(difference), rel=1e-3) and errors[0] == 0.0
+    assert len(errors) == STEPS and all(error > 0 for error in errors[1:])
+
+
 # -- foretelling, on both models -----------------------------------------------------------------------------------
 
 
@@ -247,9 +285,10 @@ def arguments(config, output, target, *more):
     return ["--config", str(config), "--output", str(output), "--target", target, "--prompts", "1", *more]
 
 
-def test_calibrate_writes_a_preset_that_reaches_its_target(config, tmp_path):
+@pytest.mark.parametrize("distance", ["table", "sensitivity"])
+def test_calibrate_writes_a_preset_that_reaches_its_target(config, distance, tmp_path):
     output = tmp_path / "found.yaml"
-    call = arguments(config, output, "share=0.5", "--distance", "table", "--held-out", "1", "--set", "seed=7")
+    call = arguments(config, output, "share=0.5", "--distance", distance, "--held-out", "1", "--set", "seed=7")
     code = calibrate.main(call)
     data = json.loads(output.with_suffix(".json").read_text())
     assert output.with_suffix(".png").stat().st_size > 10_000

@@ -1,14 +1,15 @@
-"""Measures how much a model's residual really changes from step to step, to set distances by."""
+"""Measures what leaving a step out costs, to set distances by: how the residual changes, or how the result does."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from common.cache.distance import relative_l1
-from common.cache.policy import ChunkState, ChunkStep, ExactPolicy, Signals
+from common.cache.policy import FULL, REUSE, Choice, ChunkState, ChunkStep, ExactPolicy, Signals
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,45 @@ class ChangeRecorder(ExactPolicy):
             self._last.pop(key, None)  # a long video has many chunks, few of them at work
         else:
             self._last[key] = step.step, residual, inputs.clone(), modulation
+
+
+@dataclass
+class StepSkipper(ExactPolicy):
+    """A policy that computes the first chunk at all its steps but one, and other chunks only where they begin.
+
+    No chunk attends to a later one, so the first comes out as it would beside computed ones, at the price of one chunk.
+
+    Args:
+        skip: step at which the first chunk reuses what it has; None computes all.
+
+    Attributes:
+        frames: latent frames of the first chunk, once it was met.
+    """
+
+    skip: int | None = None
+    frames: int | None = field(default=None, init=False)
+    _first: int | None = field(default=None, init=False)
+
+    def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
+        if self._first is None:  # chunks begin in causal order
+            self._first, self.frames = step.chunk, step.grid[0]
+        if state.buffer.last is None:
+            return FULL
+        left_out = step.step == self.skip if step.chunk == self._first else True
+        return REUSE if left_out else FULL
+
+
+def sensitivity_table(errors: Sequence[Sequence[float]]) -> list[float]:
+    """Distance per step by what reusing it alone does to the finished chunk, `[num_steps]`, with four digits.
+
+    A value that follows a line is off by the square of the gap, and what a gap leaves in the result is the sum of such
+    values: its cube. The distance is therefore the cube root of the error, so that sums over gaps compare.
+
+    Args:
+        errors: for each video and step the error of the result, `[videos][num_steps]`. Step 0 is never reused; its
+            entry is 0.
+    """
+    return [0.0] + [float(f"{np.mean(values) ** (1 / 3):.4g}") for values in list(zip(*errors, strict=True))[1:]]
 
 
 def distance_table(samples: list[StepChange], num_steps: int) -> list[float]:
