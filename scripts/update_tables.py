@@ -81,12 +81,12 @@ def ablation(data: Data) -> str:
 
 
 def differences(data: Data) -> str:
-    """`best` against chunk-level caching, at the same share of compute and at more, paired per prompt."""
+    """`best` against all other methods, at the same share of compute and at more, paired per prompt."""
     found = {(row["model"], *split_name(row["method"])): row for row in data["rows"]}
     lines = []
     for model in dict.fromkeys(row["model"] for row in data["rows"]):
         shares = sorted({share for name, _, share in found if name == model and share}, reverse=True)
-        kinds = dict.fromkeys(kind for name, kind, share in found if name == model and kind.startswith("flowcache-"))
+        kinds = dict.fromkeys(kind for name, kind, share in found if name == model and share and kind != "best-matched")
         for ours in shares:
             best = found.get((model, "best-matched", ours))
             if best is None:
