@@ -60,7 +60,8 @@ class MotionCacheConfig:
         polynomial: coefficients, highest power first, applied to the relative L1 of the modulation; `(1, 0)` leaves it
             as it is. `None` takes the one that the adapter knows for the model.
         distance_table: Δ per step, for `distance="table"`: entry k is the mean relative change of the residual from
-            step k-1 to step k. For another number of steps it is resampled.
+            step k-1 to step k, or what the result loses when step k is reused (`common.cache.calibration`). For another
+            number of steps it is resampled.
         score: what the weights are made of: `"output_motion"` (inter-frame difference of the block stack's outputs),
             `"latent_motion"` (of the noisy latents), `"input_change"` (the token's own input since it was last
             computed), `"residual_change"` (relative change of its cached value when last measured) or `"reuse_error"`
