@@ -136,8 +136,8 @@ def _parser() -> Parser:
         "--distance",
         choices=get_args(Distance),
         default="keep",
-        help="what tells how much a step counts: the config's, or measured first: how much the residual changes (table), "
-        "what leaving the step out does to the result (sensitivity), or a polynomial of the time modulation (keep)",
+        help="what tells how much a step counts: the config's, or measured first: how much the residual changes "
+        "(table), what leaving the step out does to the result (sensitivity), or a polynomial (modulation) (keep)",
     )
     parser.add_argument("--prompts", type=count, default=8, metavar="N", help="prompts to choose on (8)")
     parser.add_argument(
