@@ -88,10 +88,8 @@ class StepSkipper(ExactPolicy):
     def decide(self, step: ChunkStep, state: ChunkState, signals: Signals) -> Choice:
         if self._first is None:  # chunks begin in causal order
             self._first, self.frames = step.chunk, step.grid[0]
-        if state.buffer.last is None:
-            return FULL
-        left_out = step.step == self.skip if step.chunk == self._first else True
-        return REUSE if left_out else FULL
+        wanted = step.chunk == self._first and step.step != self.skip
+        return FULL if wanted or state.buffer.last is None else REUSE
 
 
 def sensitivity_table(errors: Sequence[Sequence[float]]) -> list[float]:
