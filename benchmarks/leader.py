@@ -11,8 +11,7 @@ from benchmarks.subject import EXACT
 from common.cache import MotionCacheConfig
 from magi1_motioncache.adapter import CachedDenoiser
 from magi1_motioncache.captions import ChunkCaptions
-from magi1_motioncache.kv_cache import ChunkKVView
-from magi1_motioncache.plan import ChunkCall, Role, SamplingPlan
+from magi1_motioncache.plan import ChunkCall, Pass, Role, SamplingPlan
 from magi1_motioncache.sampler import Magi1Sampler
 from magi1_motioncache.transformer import Magi1Transformer3DModel
 
@@ -72,6 +71,7 @@ class FollowingDenoiser(CachedDenoiser):
         if config.token_level or config.kv_budget is not None:
             raise ValueError(f"{config.tag}: given history, whole chunks are cached and all keys and values kept")
         super().__init__(leader.transformer, leader.captions, leader.plan, config)
+        self._leader = leader
         self.caches = leader.caches
         self._sampler: Magi1Sampler | None = None
 
@@ -100,14 +100,15 @@ class FollowingDenoiser(CachedDenoiser):
 
     def predict(self, call: ChunkCall, latents: Tensor) -> Tensor:
         """Velocity of one chunk (see `Denoiser`), which leaves the exact run's keys and values as they were."""
-        view = self.keys_values(call)
-        if not isinstance(view, ChunkKVView):
+        if call.role is Role.NEAR or call.branch is Pass.UNCOND:
             return super().predict(call, latents)
-        layers = range(self.transformer.config.num_layers)
-        own = [view.own.read(layer, call.chunk, call.chunk + 1)[0] for layer in layers]
+        cache, size = self.caches[call.branch.value], self._leader._chunk_tokens
+        chunk = (call.chunk * size, (call.chunk + 1) * size)
+        own = [tuple(rows.clone() for rows in layer.read(*chunk)) for layer in cache.look(*chunk)]
         velocity = super().predict(call, latents)
-        for layer in layers:
-            view.own.write(layer, call.chunk, own[layer])
+        for layer, before in zip(cache.look(*chunk), own, strict=True):
+            for rows, saved in zip(layer.read(*chunk), before, strict=True):
+                rows.copy_(saved)
         return velocity
 
     def _frames(self, chunk: int) -> Tensor:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from common.cache import ChunkStep, Compression, Engine, MotionCacheConfig, Signals, Trace
-from common.cache.kv_line import KeyValueLine
+from common.cache import ChunkStep, Compression, Engine, KVCache, MotionCacheConfig, Signals, Trace, Write
 from common.cache.policy import Policy
 from common.errors import UserError
 from magi1_motioncache.captions import ChunkCaptions
 from magi1_motioncache.denoiser import ExactDenoiser
-from magi1_motioncache.kv_cache import ChunkKVCache, ChunkKVView, ExtendedKeys, OwnKeysOnly
+from magi1_motioncache.kv_cache import ChunkView, OwnKeysOnly
 from magi1_motioncache.plan import ChunkCall, Pass, Role, SamplingPlan
 from magi1_motioncache.transformer import PATCH, ChunkInputs, Magi1Transformer3DModel
+
+LEAVE_NO_TRACE = (Role.NEAR.value, Pass.UNCOND.value)
+"""Branches whose chunks no other chunk attends to."""
 
 
 class CachedDenoiser(ExactDenoiser):
@@ -47,14 +49,9 @@ class CachedDenoiser(ExactDenoiser):
         super().__init__(transformer, captions, plan)
         check_config(config)
         self.engine = Engine(config, Trace(keep_maps=keep_maps), policy)
-        self._lines: dict[str, KeyValueLine] = {}
-        self._own: dict[str, ChunkKVCache] = {}
-        if config.token_level or policy is not None:
-            # Passes that leave no trace for other chunks still attend to the keys of their own reused tokens.
-            self._own = {branch: ChunkKVCache() for branch in (Pass.UNCOND.value, Role.NEAR.value)}
-        for cache in (*self.caches.values(), *self._own.values()):
-            cache.storage = self.engine.storage
-            self.engine.watch(cache)
+        # Passes that leave no trace for other chunks still attend to the keys of their own reused tokens.
+        self._keeps_own = config.token_level or policy is not None
+        self._device = torch.device("cpu")
         self._latents: Tensor | None = None
         self._announced: dict[ChunkCall, ChunkInputs] = {}
 
@@ -76,6 +73,7 @@ class CachedDenoiser(ExactDenoiser):
 
     def prepare(self, call: ChunkCall, latents: Tensor) -> ChunkInputs:
         """What enters the block stack (see `ExactDenoiser`), once per forward."""
+        self._device = latents.device
         inputs = self._announced.pop(call, None)
         return super().prepare(call, latents) if inputs is None else inputs
 
@@ -85,48 +83,46 @@ class CachedDenoiser(ExactDenoiser):
         with self.engine.trace.timed(latents.device):
             velocity = super().predict(call, latents)
         if call.role in (Role.CLEAN, Role.PREFIX):
-            for branch in (call.branch.value, Role.NEAR.value, Pass.UNCOND.value):
+            start = call.chunk * self._chunk_tokens
+            self.caches[call.branch.value].freeze(start)
+            for branch in (call.branch.value, *LEAVE_NO_TRACE):
                 self.engine.release(call.chunk, branch)
-            for cache in self._own.values():
-                cache.drop_before(call.chunk + 1)
-            for line in self._lines.values():
-                line.release(call.chunk)
+            for cache in (self.caches[name] for name in LEAVE_NO_TRACE if name in self.caches):
+                cache.drop_before(start + self._chunk_tokens)
         return velocity
 
     def run_blocks(self, call: ChunkCall, inputs: ChunkInputs) -> Tensor:
         """Block stack outputs of all tokens of the chunk, `[1, tokens, hidden]`: computed, reused, or some of each."""
-        for cache in self.caches.values():  # the size of a chunk is first known here
-            cache.compression = Compression.of(self.engine.config, inputs.grid)
+        step = self._step(call, inputs)
+        role = "refresh" if call.role in (Role.CLEAN, Role.PREFIX) else "denoise"
+        time = self.engine.time(step) if role == "denoise" else None
 
-        def blocks(hidden: Tensor, index: Tensor | None) -> Tensor:
-            chosen = inputs if index is None else inputs.select(index)
-            return self.transformer.run_blocks(chosen, self._extended(step, call, index))
+        def blocks(hidden: Tensor, tokens: Tensor | None) -> Tensor:
+            chosen = inputs if tokens is None else inputs.select(tokens)
+            return self.transformer.run_blocks(chosen, self.keys_values(call, tokens, time))
 
         signals = Signals(inputs.hidden, latents=_patches(self._latents) if self.engine.needs_latents else None)
-        role = "refresh" if call.role in (Role.CLEAN, Role.PREFIX) else "denoise"
-        step = self._step(call, inputs)
         return self.engine.run_blocks(step, signals, blocks, role)
 
-    def _extended(self, step: ChunkStep, call: ChunkCall, rows: Tensor | None) -> ChunkKVView | OwnKeysOnly:
-        """`keys_values`, with those of tokens that are not run extended where the config says so."""
-        seen = self.keys_values(call, rows)
-        if step.branch not in self._lines:
-            line = self.engine.new_line()
-            if line is None:
-                return seen
-            self._lines[step.branch] = line
-        if call.role in (Role.CLEAN, Role.PREFIX):
-            return seen
-        return replace(seen, extended=ExtendedKeys(self._lines[step.branch], call.chunk, self.engine.time(step), rows))
-
-    def keys_values(self, call: ChunkCall, rows: Tensor | None = None) -> ChunkKVView | OwnKeysOnly:
+    def keys_values(
+        self, call: ChunkCall, tokens: Tensor | None = None, time: float | None = None
+    ) -> ChunkView | OwnKeysOnly:
         """What the chunk attends to (see `ExactDenoiser`)."""
-        cache = self._own.get(_branch(call))
-        if cache is None:
-            return super().keys_values(call, rows)
-        return ChunkKVView(cache, cache, call.chunk, start=call.chunk, own_from=call.chunk, rows=rows)
+        if not self._keeps_own or _branch(call) not in LEAVE_NO_TRACE:
+            return super().keys_values(call, tokens, time)
+        start = call.chunk * self._chunk_tokens
+        return ChunkView(self.cache(_branch(call)), Write(start, self._chunk_tokens, tokens, time, seen_from=start))
+
+    def new_cache(self) -> KVCache:
+        """An empty cache as the config wants it."""
+        compression = Compression.of(self.engine.config, self._grid)
+        staging = self.engine.new_staging(self._device)
+        cache = KVCache(*self._sizes, compression=compression, line=self.engine.new_line(), staging=staging)
+        self.engine.watch(cache)
+        return cache
 
     def _step(self, call: ChunkCall, inputs: ChunkInputs) -> ChunkStep:
+        view = self.keys_values(call)
         return ChunkStep(
             window=0,
             iteration=call.iteration,
@@ -136,7 +132,7 @@ class CachedDenoiser(ExactDenoiser):
             num_steps=self.plan.config.num_steps,
             sigma=1.0 - call.t,  # MAGI's time runs from noise to clean
             grid=inputs.grid,
-            kv_tokens=self.keys_values(call).length(inputs.hidden.shape[1]),
+            kv_tokens=self._chunk_tokens if isinstance(view, OwnKeysOnly) else view.length(),
             dt=call.dt,
         )
 

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.attention import attend
+from magi1_motioncache.kv_cache import LayerStore
 from magi1_motioncache.norms import EPS, LayerNorm1p
 from magi1_motioncache.rope import rotate
 
 TRAINING_RANKS = 8  # the weights of `linear_proj` follow the head order of the eight-way split they were trained with
 
 
-class KeyValueStore(Protocol):
-    """Where a chunk's forward puts its keys and values and learns what it may attend to."""
+@dataclass
+class Caption:
+    """A caption for one layer.
 
-    def update(self, layer: int, key_value: Tensor, query: Tensor) -> Tensor:
-        """Take `[batch, new tokens, kv heads, 2 * head dim]` (K then V) and return all rows to attend to.
+    Attributes:
+        text: `[1, tokens, text hidden]`, compute dtype, no padding.
+        kv: its K and V `[1, tokens, kv heads, head dim]` in that layer, projected at the first use.
+    """
 
-        `query` `[batch, new tokens, query heads, head dim]` is what will attend to them.
-        """
-        ...
+    text: Tensor
+    kv: tuple[Tensor, Tensor] | None = None
 
 
-def grouped_attention(query: Tensor, key_value: Tensor) -> Tensor:
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Unmasked attention where several query heads share a key head.
 
     Without a mask, the query heads of one group are just more queries of their key head. Folding them into the sequence
@@ -34,16 +37,15 @@ def grouped_attention(query: Tensor, key_value: Tensor) -> Tensor:
 
     Args:
         query: `[batch, queries, query heads, head dim]`; heads of one group are adjacent.
-        key_value: `[batch, keys, kv heads, 2 * head dim]`, K then V.
+        key, value: `[batch, keys, kv heads, head dim]`.
 
     Returns:
         `[batch, queries, query heads * head dim]`.
     """
     batch, length, query_heads, width = query.shape
-    heads = key_value.shape[2]
+    heads = key.shape[2]
     groups = query_heads // heads
     folded = query.view(batch, length, heads, groups, width).transpose(2, 3).reshape(batch, -1, heads, width)
-    key, value = key_value.chunk(2, dim=-1)
     out = attend(folded, key, value)
     return out.reshape(batch, length, groups, heads, width).transpose(2, 3).flatten(2)
 
@@ -105,15 +107,14 @@ class ParallelAttention(nn.Module):
         self.k_layernorm = LayerNorm1p(head_dim)
         self.k_layernorm_xattn = LayerNorm1p(head_dim)
 
-    def forward(self, hidden: Tensor, text: Tensor, rope: Tensor, keys_values: KeyValueStore, layer: int) -> Tensor:
+    def forward(self, hidden: Tensor, caption: Caption, rope: Tensor, store: LayerStore) -> Tensor:
         """Both attentions of the given tokens.
 
         Args:
             hidden: `[batch, tokens, hidden]`, compute dtype.
-            text: `[batch, caption tokens, text hidden]`, compute dtype, no padding.
+            caption: this layer's.
             rope: `[tokens, 6 * bands]` fp32, rows of the given tokens.
-            keys_values: takes this layer's new K/V, returns those to attend to.
-            layer: index of this layer.
+            store: takes this layer's new K/V, returns those to attend to.
 
         Returns:
             `[batch, tokens, hidden]` fp32.
@@ -121,16 +122,18 @@ class ParallelAttention(nn.Module):
         normed = self.linear_qkv.layer_norm(hidden)
         query = self._positioned(self.linear_qkv.q(normed), self.q_layernorm, rope)
         key = self._positioned(self.linear_qkv.k(normed), self.k_layernorm, rope)
-        value = self._heads(self.linear_qkv.v(normed))
-        attended = grouped_attention(query, keys_values.update(layer, torch.cat([key, value], dim=-1), query))
-        captioned = self._attend_to_caption(normed, text)
+        attended = grouped_attention(query, *store.update(key, self._heads(self.linear_qkv.v(normed))))
+        store.attended(query)
+        captioned = self._attend_to_caption(normed, caption)
         return linear_to_float(interleave(attended, captioned), self.linear_proj.weight)
 
-    def _attend_to_caption(self, normed: Tensor, text: Tensor) -> Tensor:
+    def _attend_to_caption(self, normed: Tensor, caption: Caption) -> Tensor:
         query = self.q_layernorm_xattn(self._heads(self.linear_qkv.qx(normed)))
-        # K and V alternate per head in this matrix; they are not its two halves.
-        key, value = self.linear_kv_xattn(text).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
-        return grouped_attention(query, torch.cat([self.k_layernorm_xattn(key), value], dim=-1))
+        if caption.kv is None:
+            # K and V alternate per head in this matrix; they are not its two halves.
+            key, value = self.linear_kv_xattn(caption.text).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+            caption.kv = self.k_layernorm_xattn(key), value
+        return grouped_attention(query, *caption.kv)
 
     def _positioned(self, projected: Tensor, norm: LayerNorm1p, rope: Tensor) -> Tensor:
         heads = self._heads(projected)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magi1_motioncache.attention import KeyValueStore, ParallelAttention
+from magi1_motioncache.attention import Caption, ParallelAttention
+from magi1_motioncache.kv_cache import LayerStore
 from magi1_motioncache.norms import EPS, LayerNorm1p
 
 
@@ -65,24 +66,21 @@ class Layer(nn.Module):
         self.mlp = FeedForward(hidden, inner, gated)
         self.mlp_post_norm = LayerNorm1p(hidden)
 
-    def forward(
-        self, hidden: Tensor, condition: Tensor, text: Tensor, rope: Tensor, keys_values: KeyValueStore, layer: int
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, condition: Tensor, caption: Caption, rope: Tensor, store: LayerStore) -> Tensor:
         """One layer for the given tokens of one chunk.
 
         Args:
             hidden: `[batch, tokens, hidden]`, compute dtype.
             condition: `[batch, 1, condition]`, compute dtype.
-            text: `[batch, caption tokens, text hidden]`, compute dtype.
+            caption: this layer's.
             rope: `[tokens, 6 * bands]` fp32.
-            keys_values: takes new K/V, returns those to attend to.
-            layer: index of this layer.
+            store: takes this layer's new K/V, returns those to attend to.
 
         Returns:
             `[batch, tokens, hidden]`, compute dtype.
         """
         attention_gate, mlp_gate = self.ada_modulate_layer(condition)
-        update = self.self_attention(hidden, text, rope, keys_values, layer)
+        update = self.self_attention(hidden, caption, rope, store)
         hidden = _add_gated(hidden, update, attention_gate, self.self_attn_post_norm)
         return _add_gated(hidden, self.mlp(hidden), mlp_gate, self.mlp_post_norm)
 

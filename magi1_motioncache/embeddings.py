@@ -32,9 +32,9 @@ class TimeEmbedding(nn.Module):
         half = SINUSOID_WIDTH // 2
         # Step sizes take the arguments to 32 000, where one unit in the last place of a frequency is 2e-3 radians.
         # Hence this order of operations, and the exponential in fp64: that of fp32 differs between processors.
-        exponents = -math.log(SINUSOID_PERIOD) * torch.arange(half, dtype=torch.float32) / half
+        exponents = -math.log(SINUSOID_PERIOD) * torch.arange(half, dtype=torch.float32, device=value.device) / half
         frequencies = exponents.double().exp().float()
-        angles = value.float().unsqueeze(-1) * frequencies.to(value.device) * TIME_SCALE
+        angles = value.float().unsqueeze(-1) * frequencies * TIME_SCALE
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(sinusoid.to(sinusoid_dtype).to(self.mlp[0].weight.dtype))
 

@@ -1,198 +1,119 @@
-"""Keys and values per layer and chunk, owned by whoever drives the transformer."""
+"""What a chunk's forward attends to: its own pass's keys and values, and before them those that were kept."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from common.cache.compression import Compression, gather
-from common.cache.kv_line import KeyValueLine
+from common.cache.kv import KVCache, LayerKV, Write
 
 
-class ChunkKVCache:
-    """One slot `[batch, chunk tokens, kv heads, 2 * head dim]` per layer and chunk, K (rotated) then V.
+class LayerStore(Protocol):
+    """Where a layer of a chunk's forward puts its keys and values and learns what it may attend to."""
 
-    A slot holds what was written last: noisy keys while a chunk is denoised, its clean keys afterwards. With
-    compression, the clean chunks of a layer are merged into one pool of bounded size as soon as they exceed it.
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Take `[batch, new tokens, kv heads, head dim]` each and return all rows to attend to."""
+        ...
 
-    Attributes:
-        compression: what bounds the clean chunks; None keeps them all. To be set before the first clean one.
-        storage: device that holds everything between uses; None leaves it where it was computed.
-    """
+    def attended(self, query: Tensor) -> None:
+        """The rows are no longer needed; `query` `[batch, new tokens, query heads, head dim]` attended to them."""
+        ...
 
-    def __init__(self) -> None:
-        self.compression: Compression | None = None
-        self.storage: torch.device | None = None
-        self._slots: dict[tuple[int, int], Tensor] = {}
-        self._pools: dict[int, Tensor] = {}  # by layer
-        self._pooled: dict[int, int] = {}  # by layer, the first chunk that is not in the pool
 
-    def write(self, layer: int, chunk: int, key_value: Tensor, rows: Tensor | None = None) -> None:
-        """Replace a slot, or some of its rows.
+class KeyValueStore(Protocol):
+    """The stores of a forward's layers."""
+
+    def layers(self, hidden: Tensor) -> Iterator[LayerStore]:
+        """One for each layer, in order; each is good until the next is asked for.
 
         Args:
-            layer, chunk: which slot.
-            key_value: `[batch, tokens, kv heads, 2 * head dim]`.
-            rows: `[tokens]` indices inside the chunk; None replaces the whole slot.
-
-        Raises:
-            KeyError: rows of a slot that was never written as a whole.
+            hidden: `[batch, tokens, hidden]`, what enters the first.
         """
-        if rows is None:
-            self._slots[layer, chunk] = self._stored(key_value)
-            return
-        slot = self._slots[layer, chunk]
-        new, rows = key_value.to(slot.device), rows.to(slot.device)
-        slot.index_copy_(1, rows, new)
-
-    def read(self, layer: int, start: int, end: int) -> list[Tensor]:
-        """Rows of the chunks `start` to `end - 1`; a chunk that was never written raises KeyError.
-
-        Chunks that are in the pool are represented by its latest rows, as many as the chunks had.
-        """
-        first = self._pooled.get(layer, 0)
-        slots = [self._slots[layer, chunk] for chunk in range(max(start, first), end)]
-        if start >= first:
-            return slots
-        pool = self._pools[layer]
-        wanted = (first - start) * self.compression.chunk
-        return [pool[:, -wanted:], *slots]
-
-    def length(self, start: int, end: int, chunk_tokens: int) -> int:
-        """Tokens that `read` returns for chunks of `chunk_tokens`, whether the last is written yet or not."""
-        first = self._pooled.get(0, 0)
-        pooled = 0 if start >= first else min(self._pools[0].shape[1], (first - start) * chunk_tokens)
-        return pooled + (end - max(start, first)) * chunk_tokens
-
-    def compress(self, layer: int, chunk: int, query: Tensor) -> None:
-        """Merge a layer's clean chunks into the pool, if together they exceed the budget.
-
-        Args:
-            layer: which layer.
-            chunk: the newest clean chunk. Its slot and all before it are final.
-            query: `[batch, tokens, query heads, head dim]`, rotated, of that chunk.
-        """
-        if self.compression is None:
-            return
-        clean = sorted(c for where, c in self._slots if where == layer and c <= chunk)
-        parts = [self._slots[layer, c] for c in clean]
-        if layer in self._pools:
-            parts.insert(0, self._pools[layer])
-        if sum(part.shape[1] for part in parts) <= self.compression.budget:
-            return
-        rows = torch.cat(parts, dim=1).to(query.device)
-        self._pools[layer] = self._stored(gather(rows, self.compression.select(query, rows[..., : query.shape[-1]])))
-        self._pooled[layer] = chunk + 1
-        for c in clean:
-            del self._slots[layer, c]
-
-    def drop_before(self, chunk: int) -> None:
-        """Free the slots of all chunks before `chunk`. A pool stays: its budget bounds it."""
-        for key in [key for key in self._slots if key[1] < chunk]:
-            del self._slots[key]
-
-    def _stored(self, key_value: Tensor) -> Tensor:
-        if self.storage is None or self.storage == key_value.device:
-            return key_value
-        # Pinned memory makes the copies back to a GPU several times as fast.
-        pin = self.storage.type == "cpu" and key_value.is_cuda
-        return torch.empty_like(key_value, device=self.storage, pin_memory=pin).copy_(key_value)
-
-    @property
-    def chunks(self) -> set[int]:
-        """Chunks that hold keys and values of their own."""
-        return {chunk for _, chunk in self._slots}
-
-    @property
-    def bytes(self) -> int:
-        """Memory held, in bytes."""
-        return sum(t.numel() * t.element_size() for t in (*self._slots.values(), *self._pools.values()))
+        ...
 
 
 @dataclass(frozen=True)
-class ExtendedKeys:
-    """A chunk's keys and values of which a forward computes some or all, and a line gives the others.
+class LayerView:
+    """One layer of a `ChunkView` (see `LayerStore`).
 
     Attributes:
-        line: of this pass.
-        chunk: index of the chunk.
-        time: time variable of the line.
-        rows: `[tokens]` indices that the forward runs, None for all.
+        own: of the forward's pass.
+        write: where the chunk's new rows go.
+        older: K and V of earlier chunks that another pass keeps, `[batch, rows, kv heads, head dim]`; None without any.
+        compress: whether the keys that this forward writes are final and to be compressed.
     """
 
-    line: KeyValueLine
-    chunk: int
-    time: float
-    rows: Tensor | None
+    own: LayerKV
+    write: Write
+    older: tuple[Tensor, Tensor] | None
+    compress: bool
 
-    def update(self, layer: int, key_value: Tensor, query: Tensor) -> Tensor:
-        """Take in `[batch, count, kv heads, 2 * head dim]` and return those of all the chunk's tokens."""
-        return self.line.complete(layer, self.chunk, (key_value,), self.time, self.rows)[0]
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.own.update(key, value, self.write)
+        if self.older is None:
+            return seen
+        keys, values = (torch.cat(rows, dim=1) for rows in zip(self.older, seen, strict=True))
+        return keys, values
+
+    def attended(self, query: Tensor) -> None:
+        if self.compress:
+            self.own.compress(query, self.write)
 
 
 @dataclass(frozen=True)
-class ChunkKVView:
-    """What one chunk's forward sees: it writes its own slot and attends to a range of chunks that ends with itself.
+class ChunkView:
+    """What one chunk's forward sees: it writes its own rows and attends to a range of chunks that ends with itself.
 
     Attributes:
-        own: cache of this pass; takes the new keys and values.
-        history: cache that holds the chunks before `own_from`. The same object as `own` in the pass that keeps it.
-        chunk: index of the chunk.
-        start: first chunk attended to.
-        own_from: first chunk whose keys come from this pass.
-        rows: `[tokens]` indices when the forward runs some of the chunk's tokens, None for all.
+        own: cache of this pass.
+        write: the chunk, and from where on it attends to rows of this pass.
+        history: cache of the pass that keeps earlier chunks, where that is another one; None elsewhere.
+        seen_from: first token attended to; those before `write.seen_from` are read from `history`.
         final: whether the keys that this forward writes are those that stay.
-        extended: extends the keys of the chunk's other tokens when some are run; None leaves them.
     """
 
-    own: ChunkKVCache
-    history: ChunkKVCache
-    chunk: int
-    start: int
-    own_from: int
-    rows: Tensor | None = None
+    own: KVCache
+    write: Write
+    history: KVCache | None = None
+    seen_from: int = 0
     final: bool = False
-    extended: ExtendedKeys | None = None
 
-    def update(self, layer: int, key_value: Tensor, query: Tensor) -> Tensor:
-        """Store `[batch, tokens, kv heads, 2 * head dim]`, return the rows of the whole range.
+    def layers(self, hidden: Tensor) -> Iterator[LayerView]:
+        """See `KeyValueStore`."""
+        opened, compress = self.own.open(self.write, hidden), self.final and self.own.compression is not None
+        if not self._older:
+            for own in opened:
+                yield LayerView(own, self.write, None, compress)
+            return
+        for own, older in zip(opened, self.history.look(*self._older), strict=True):
+            yield LayerView(own, self.write, older.read(*self._older), compress)
 
-        The rows are read before `query` decides which clean ones are kept for later forwards.
-        """
-        if self.extended is None:
-            self.own.write(layer, self.chunk, key_value, self.rows)
-        else:
-            self.own.write(layer, self.chunk, self.extended.update(layer, key_value, query))
-        parts = [part for cache, start, end in self._ranges for part in cache.read(layer, start, end)]
-        seen = [part.to(key_value.device) for part in parts]
-        rows = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
-        if self.final:
-            self.own.compress(layer, self.chunk, query)
-        return rows
-
-    def length(self, chunk_tokens: int) -> int:
-        """Keys that each query attends to, for chunks of `chunk_tokens`."""
-        return sum(cache.length(start, end, chunk_tokens) for cache, start, end in self._ranges)
+    def length(self) -> int:
+        """Keys that each query attends to."""
+        older = self.history.length(self._older[1], self._older[0]) if self._older else 0
+        return older + self.own.length(self.write.end, self.write.seen_from)
 
     @property
-    def _ranges(self) -> list[tuple[ChunkKVCache, int, int]]:
-        """Where the attended chunks are read from: cache, first chunk, end."""
-        if self.own is self.history:
-            return [(self.own, self.start, self.chunk + 1)]
-        border = min(max(self.own_from, self.start), self.chunk)
-        before = [(self.history, self.start, border)] if border > self.start else []
-        return [*before, (self.own, border, self.chunk + 1)]
+    def _older(self) -> tuple[int, int] | None:
+        if self.history is None or self.seen_from >= self.write.seen_from:
+            return None
+        return self.seen_from, self.write.seen_from
 
 
 class OwnKeysOnly:
-    """For a chunk that attends to nothing but itself and leaves no trace."""
+    """For a chunk that attends to nothing but itself and leaves no trace (see `KeyValueStore` and `LayerStore`)."""
 
-    def update(self, layer: int, key_value: Tensor, query: Tensor) -> Tensor:
+    def layers(self, hidden: Tensor) -> Iterator[OwnKeysOnly]:
+        return repeat(self)
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values that were given."""
-        return key_value
+        return key, value
 
-    def length(self, chunk_tokens: int) -> int:
-        """Keys that each query attends to, for chunks of `chunk_tokens`."""
-        return chunk_tokens
+    def attended(self, query: Tensor) -> None:
+        """Nothing to do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +12,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from common.errors import UserError
-from magi1_motioncache.attention import TRAINING_RANKS, KeyValueStore
+from magi1_motioncache.attention import TRAINING_RANKS, Caption
 from magi1_motioncache.blocks import Layer, LayerStack
 from magi1_motioncache.embeddings import CaptionEmbedding, TimeEmbedding
+from magi1_motioncache.kv_cache import KeyValueStore
 from magi1_motioncache.rope import RotaryPositions
 
 PATCH = 2  # latent rows and columns per token; one latent frame deep
@@ -27,14 +29,14 @@ class ChunkInputs:
         hidden: `[batch, tokens, hidden]`, compute dtype, tokens ordered frame, row, column.
         rope: `[tokens, 6 * bands]` fp32.
         condition: `[batch, 1, condition]`, compute dtype.
-        text: `[batch, caption tokens, text hidden]`, compute dtype.
+        captions: one per layer.
         grid: frames, rows and columns of tokens of the whole chunk.
     """
 
     hidden: Tensor
     rope: Tensor
     condition: Tensor
-    text: Tensor
+    captions: Sequence[Caption]
     grid: tuple[int, int, int]
 
     def select(self, tokens: Tensor) -> ChunkInputs:
@@ -156,32 +158,19 @@ class Magi1Transformer3DModel(ModelMixin, ConfigMixin):
         return self
 
     @apply_forward_hook
-    def prepare(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        caption: Tensor,
-        first_frame: int,
-        has_text: bool = True,
-        shortcut: float | None = None,
-    ) -> ChunkInputs:
-        """Everything before the block stack.
+    def embed(self, latents: Tensor) -> Tensor:
+        """Tokens of latents.
 
         Args:
             latents: `[batch, latent channels, frames, height, width]` in latent pixels, height and width even.
-            timestep: `[batch]` fp32, 0 is noise and 1 clean.
-            caption: `[batch, caption tokens, caption channels]`, no padding.
-            first_frame: absolute latent frame at which the rotary positions start.
-            has_text: which of the two learned gate tokens to use; False in passes without text.
-            shortcut: step size of a distilled model, None for others.
 
         Returns:
-            The chunk's tokens, positions, condition and text states.
+            `[batch, tokens, hidden]`, compute dtype.
 
         Raises:
             UserError: latents whose channels, height or width do not fit.
         """
-        channels, frames, height, width = latents.shape[1:]
+        channels, _, height, width = latents.shape[1:]
         if channels != self.latent_channels or height % PATCH or width % PATCH:
             raise UserError(
                 f"latents of {channels} channels and {height}x{width}: this model takes {self.latent_channels} "
@@ -191,28 +180,44 @@ class Magi1Transformer3DModel(ModelMixin, ConfigMixin):
         if self.config.half_channel_vae:
             hidden = torch.cat([hidden, hidden], dim=1)
         # Selected tokens are contiguous: all tokens alike, so that compiled layers meet one layout.
-        hidden = self.x_embedder(hidden).flatten(2).transpose(1, 2).contiguous()
-        grid = (frames, height // PATCH, width // PATCH)
-        return ChunkInputs(
-            hidden.to(self.compute_dtype),
-            self.rope(first_frame, *grid),
-            self.condition(timestep, has_text, shortcut),
-            self.y_embedder.states(caption).to(self.compute_dtype),
-            grid,
-        )
+        return self.x_embedder(hidden).flatten(2).transpose(1, 2).contiguous().to(self.compute_dtype)
 
+    @apply_forward_hook
     def condition(self, timestep: Tensor, has_text: bool, shortcut: float | None = None) -> Tensor:
-        """Time, step size and gate token in one vector: `[batch]` -> `[batch, 1, condition]`, compute dtype."""
+        """Time, step size and gate token in one vector.
+
+        Args:
+            timestep: `[batch]` fp32, 0 is noise and 1 clean.
+            has_text: which of the two learned gate tokens to use; False in passes without text.
+            shortcut: step size of a distilled model, None for others.
+
+        Returns:
+            `[batch, 1, condition]`, compute dtype.
+        """
         embedded = self.t_embedder(timestep, self.compute_dtype)
         if shortcut is not None:
             embedded = embedded + self.t_embedder(torch.full_like(timestep, shortcut), self.compute_dtype)
         return (embedded + self.y_embedder.gate_token(has_text)).unsqueeze(1).to(self.compute_dtype)
 
+    @apply_forward_hook
+    def captions(self, caption: Tensor) -> list[Caption]:
+        """A caption for each layer.
+
+        Args:
+            caption: `[batch, caption tokens, caption channels]`, no padding.
+        """
+        text = self.y_embedder.states(caption).to(self.compute_dtype)
+        torch._dynamo.maybe_mark_dynamic(text, 1)  # one compiled layer serves captions of all lengths
+        return [Caption(text) for _ in self.videodit_blocks.layers]
+
     def run_blocks(self, inputs: ChunkInputs, keys_values: KeyValueStore) -> Tensor:
         """The block stack: `[batch, tokens, hidden]` for the tokens of `inputs`, before the final norm."""
         hidden = inputs.hidden
-        for index, layer in enumerate(self.videodit_blocks.layers):
-            hidden = layer(hidden, inputs.condition, inputs.text, inputs.rope, keys_values, index)
+        # Stores come first: asked for one more, they keep what the last layer wrote.
+        for store, layer, caption in zip(
+            keys_values.layers(hidden), self.videodit_blocks.layers, inputs.captions, strict=False
+        ):
+            hidden = layer(hidden, inputs.condition, caption, inputs.rope, store)
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -245,12 +250,26 @@ class Magi1Transformer3DModel(ModelMixin, ConfigMixin):
         has_text: bool = True,
         shortcut: float | None = None,
     ) -> Tensor:
-        """Velocity of one chunk; arguments as in `prepare` and `run_blocks`.
+        """Velocity of one chunk.
+
+        Args:
+            latents: as for `embed`.
+            timestep, has_text, shortcut: as for `condition`.
+            caption: as for `captions`.
+            first_frame: absolute latent frame at which the rotary positions start.
+            keys_values: takes the chunk's keys and values, returns those to attend to.
 
         Returns:
             `[batch, latent channels, frames, height, width]` fp32.
         """
-        inputs = self.prepare(latents, timestep, caption, first_frame, has_text, shortcut)
+        frames, rows, columns = latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH
+        inputs = ChunkInputs(
+            self.embed(latents),
+            self.rope(first_frame, frames, rows, columns),
+            self.condition(timestep, has_text, shortcut),
+            self.captions(caption),
+            (frames, rows, columns),
+        )
         return self.unpatchify(self.head(self.run_blocks(inputs, keys_values)), inputs.grid)
 
 

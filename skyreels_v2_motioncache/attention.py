@@ -101,28 +101,31 @@ class CachedCrossAttention(_Processor):
 
 
 def rotary_table(cos: Tensor, sin: Tensor) -> Tensor:
-    """SkyReels-V2's rotary tables as one complex number per channel pair, made for all layers and steps.
+    """SkyReels-V2's rotary tables as one cosine and sine per channel pair, made for all layers and steps.
 
     Args:
         cos, sin: `[1, tokens, 1, head dim]`, each value twice in a row.
 
     Returns:
-        `[1, tokens, 1, head dim / 2]` complex64.
+        `[1, tokens, 1, head dim / 2, 2]` float32.
     """
-    return torch.complex(cos[..., 0::2].float(), sin[..., 0::2].float())
+    return torch.stack([cos[..., 0::2].float(), sin[..., 0::2].float()], dim=-1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotary embedding of interleaved channel pairs, as SkyReels-V2 has it.
 
-    A product of complex numbers is one pass over memory, where the same with sines and cosines takes eight.
-
     Args:
         x: `[batch, tokens, heads, head dim]`.
-        table: `[1, tokens, 1, head dim / 2]` of the same tokens; the products are taken in its precision.
+        table: `[1, tokens, 1, head dim / 2, 2]` of the same tokens, see `rotary_table`; products are taken in float32.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # PyTorch's compiler makes one pass of this, and leaves complex numbers alone
+        (first, second), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    else:  # a product of complex numbers is one pass over memory, where the same with sines and cosines takes eight
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).type_as(x)
 
 
 def install(transformer) -> None:

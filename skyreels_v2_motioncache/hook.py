@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Transformer3DModel
 from torch import Tensor
 
-from common.cache import ChunkStep, Compression, Engine, KVCache, MotionCacheConfig, Signals, Trace, Write
+from common.cache import ChunkStep, Compression, Engine, KVCache, MotionCacheConfig, Signals, Staging, Trace, Write
 from common.cache.policy import Policy
 from skyreels_v2_motioncache import attention
 from skyreels_v2_motioncache.patches import from_tokens, to_tokens
@@ -59,7 +59,9 @@ class MotionCacheHook(ModelHook):
         self.plan: WindowPlan | None = None
         self.route = Route()
         self.installed_forward: Callable | None = None
+        self.schedulers: tuple[Any, Any] | None = None  # the pipeline's own, and the one in its place
         self._window = -1
+        self._staging: Staging | None = None
 
     # -- what the pipeline announces ------------------------------------------------------------------------------
 
@@ -72,7 +74,7 @@ class MotionCacheHook(ModelHook):
         """Free everything but the trace."""
         self.branches.reset()
         self.engine.start_window()
-        self.plan, self.route, self._window = None, Route(), -1
+        self.plan, self.route, self._window, self._staging = None, Route(), -1, None
 
     def start_window(self, plan: WindowPlan) -> None:
         """A new window of the video, with its schedule."""
@@ -125,6 +127,7 @@ class MotionCacheHook(ModelHook):
         if branch.kv is None:
             branch.kv = self._new_cache(module, hidden_states)
         self.route.text = branch.prompts[0].text if branch.prompts else None
+        self.route.fps = fps
         with chunk_routing(module, self.route):
             output = self._run_window(module, name, branch, hidden_states, timestep, conditions)
         branch.iteration += 1
@@ -173,9 +176,11 @@ class MotionCacheHook(ModelHook):
     def _new_cache(self, module: SkyReelsV2Transformer3DModel, hidden_states: Tensor) -> KVCache:
         grid, tokens = self._grid(module, hidden_states)
         compression = Compression.of(self.engine.config, grid)
-        cache = KVCache(
-            len(module.blocks), self.plan.chunks * tokens, self.engine.storage, compression, self.engine.new_line()
-        )
+        if self._staging is None:  # the branches take turns
+            self._staging = self.engine.new_staging(hidden_states.device)
+        config, rows = module.config, self.plan.chunks * tokens
+        size = len(module.blocks), config.num_attention_heads, config.attention_head_dim
+        cache = KVCache(*size, rows, compression, self.engine.new_line(), self._staging)
         self.engine.watch(cache)
         return cache
 
@@ -263,7 +268,7 @@ class MotionCacheHook(ModelHook):
                 compress = branch.kv.compression is not None and self._becomes_final(iteration, chunk)
                 if not branch.prompts:
                     branch.prompts = [attention.Prompt(text) for _ in self.route.blocks]
-                layers = zip(self.route.blocks, branch.prompts, branch.kv.open(write), strict=True)
+                layers = zip(self.route.blocks, branch.prompts, branch.kv.open(write, selected), strict=True)
                 for block, prompt, kv in layers:
                     selected = block(selected, prompt, m, attention.Place(r, kv, write, compress), None)
                 return selected

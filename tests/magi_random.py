@@ -11,11 +11,12 @@ from magi1_motioncache import AutoencoderViTMagi1, Magi1Pipeline, Magi1Transform
 TEXT_WIDTH = 32
 
 
-def make_magi_pipeline(tokens: bool = False, **sampling) -> Magi1Pipeline:
+def make_magi_pipeline(tokens: bool = False, layers: int = 2, **sampling) -> Magi1Pipeline:
     """A float32 base model (three passes) with chunks of 2 latent frames, 8 video frames.
 
     Args:
         tokens: with special tokens.
+        layers: of the transformer.
         sampling: options that differ.
     """
     torch.manual_seed(0)
@@ -24,7 +25,7 @@ def make_magi_pipeline(tokens: bool = False, **sampling) -> Magi1Pipeline:
     )
     transformer = Magi1Transformer3DModel(
         hidden_size=64,
-        num_layers=2,
+        num_layers=layers,
         num_attention_heads=2,
         num_query_groups=1,
         kv_channels=32,

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.cache import KVCache, MotionCacheConfig, Record, Trace, Write
+from common.cache import MotionCacheConfig, Record, Trace
 from common.cache.distance import joint_relative_l1, log_snr, relative_l1, rescale, table_entry
-from common.cache.kv_line import KeyValueLine
 from common.cache.mask import blockwise, bucketed, graded, most_urgent, temporal_vote
 from common.cache.motion import motion_map, motion_weights
 from common.cache.residual import ReuseBuffer
@@ -147,48 +146,6 @@ class TestReuseBuffer:
             ReuseBuffer().store(torch.zeros(1, 1, 2), 0.0, torch.tensor([0]))
         with pytest.raises(RuntimeError, match="nothing was computed"):
             ReuseBuffer().predict(0.0, torch.device("cpu"))
-
-
-class TestKVCache:
-    def test_whole_and_selected_writes(self):
-        cache = KVCache(layers=1, tokens=16)
-        k, v = torch.randn(2, 1, 8, 2, 4).unbind(0)
-        cache.update(0, k, v, Write(0, 8))
-        keys, values = cache.update(0, k * 2, v * 2, Write(8, 8))
-        assert keys.shape == (1, 16, 2, 4)
-        torch.testing.assert_close(keys, torch.cat([k, k * 2], dim=1))
-        tokens = torch.tensor([1, 6])
-        keys, values = cache.update(0, k[:, tokens] * 5, v[:, tokens] * 5, Write(8, 8, tokens))
-        expected = torch.cat([v, v * 2], dim=1)
-        expected[:, 8 + tokens] = v[:, tokens] * 5
-        torch.testing.assert_close(values, expected)
-        assert cache.bytes == 2 * 16 * 2 * 4 * 4
-
-    def test_a_line_completes_a_selected_write(self):
-        line = KeyValueLine(1, 1.0, None)
-        cache = KVCache(1, 8, line=line)
-        key, slope = torch.randn(2, 1, 4, 2, 3).unbind(0)
-        some = torch.tensor([1, 3])
-        at = lambda time: (key + slope * time, key - slope * time)  # noqa: E731
-        for time in (0.0, 1.0):
-            cache.update(0, *at(time), Write(4, 4, time=time))
-        selected = [rows[:, some] for rows in at(3.0)]
-        for found, expected in zip(cache.update(0, *selected, Write(4, 4, some, 3.0)), at(3.0), strict=True):
-            torch.testing.assert_close(found[:, 4:], expected)
-        assert line.bytes > 0
-        cache.update(0, *at(4.0), Write(4, 4))
-        cache.freeze(4)
-        assert line.bytes == 0
-
-    def test_final_rows_cannot_be_written(self):
-        cache = KVCache(layers=1, tokens=8)
-        k = torch.randn(1, 4, 1, 2)
-        cache.update(0, k, k, Write(0, 4))
-        cache.freeze(0)
-        with pytest.raises(RuntimeError, match="are final"):
-            cache.update(0, k, k, Write(0, 4))
-        with pytest.raises(RuntimeError, match="window of 8"):
-            cache.update(0, k, k, Write(6, 4))
 
 
 class TestConfig:

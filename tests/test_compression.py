@@ -11,7 +11,6 @@ from common.cache import Compression, KVCache, MotionCacheConfig, Write
 from common.cache.compression import gather, importance, redundancy
 from common.errors import UserError
 from magi1_motioncache.attach import apply_motioncache as attach_magi
-from magi1_motioncache.kv_cache import ChunkKVCache
 from skyreels_v2_motioncache import apply_motioncache, remove_motioncache
 
 GRID = (2, 2, 3)
@@ -76,69 +75,72 @@ def test_a_config_says_what_is_kept():
         MotionCacheConfig(kv_budget=0)
 
 
-class TestContiguousCache:
+def write(cache, key, value, at):
+    """What the first layer of a cache returns for a write."""
+    for layer in cache.open(at, key):
+        rows = layer.update(key, value, at)
+    return rows
+
+
+def compress(cache, query, at):
+    for layer in cache.look(0, at.end):
+        layer.compress(query, at)
+
+
+class TestCache:
     def test_kept_rows_move_and_later_writes_find_theirs(self):
         compression = Compression(1, CHUNK, 1)
-        small, whole = KVCache(1, 5 * CHUNK, compression=compression), KVCache(1, 5 * CHUNK)
+        small, whole = KVCache(1, 2, 8, 5 * CHUNK, compression), KVCache(1, 2, 8, 5 * CHUNK)
         query = torch.randn(1, CHUNK, 4, 8)
 
-        def write(chunk, tokens=None):
+        def both(chunk, tokens=None):
             count = CHUNK if tokens is None else len(tokens)
             key, value = torch.randn(2, 1, count, 2, 8).unbind(0)
             at = Write(chunk * CHUNK, CHUNK, tokens)
-            return at, small.update(0, key, value, at), whole.update(0, key, value, at)
+            return write(small, key, value, at), write(whole, key, value, at)
 
         for chunk in range(3):
-            _, ours, reference = write(chunk)
+            ours, reference = both(chunk)
             assert torch.equal(ours[0], reference[0])
         second = Write(CHUNK, CHUNK)
         keys, values = (store[:, : 2 * CHUNK] for store in reference)
         kept = compression.select(query, keys)
-        small.compress(0, query, second)
+        compress(small, query, second)
         assert small.length(3 * CHUNK) == 2 * CHUNK
-        _, ours, reference = write(2, torch.tensor([1, 7]))
+        ours, reference = both(2, torch.tensor([1, 7]))
         assert torch.equal(ours[0], torch.cat([gather(keys, kept), reference[0][:, 2 * CHUNK :]], dim=1))
         assert torch.equal(ours[1], torch.cat([gather(values, kept), reference[1][:, 2 * CHUNK :]], dim=1))
-        _, ours, reference = write(3)
+        ours, reference = both(3)
         assert torch.equal(ours[0][:, CHUNK:], reference[0][:, 2 * CHUNK :])
         assert small.bytes < whole.bytes
 
     def test_within_the_budget_nothing_is_lost(self):
-        cache = KVCache(1, 4 * CHUNK, compression=Compression(2, CHUNK, 1))
+        cache = KVCache(1, 2, 8, 4 * CHUNK, Compression(2, CHUNK, 1))
         key = torch.randn(1, 2 * CHUNK, 2, 8)
         for chunk in range(2):
             at = Write(chunk * CHUNK, CHUNK)
-            keys, _ = cache.update(0, key[:, at.start : at.end], key[:, at.start : at.end], at)
-            cache.compress(0, key, at)
+            keys, _ = write(cache, key[:, at.start : at.end], key[:, at.start : at.end], at)
+            compress(cache, key, at)
         assert torch.equal(keys, key)
 
-
-class TestSlots:
-    def test_a_narrow_range_reads_the_latest_rows_of_the_pool(self):
-        cache = ChunkKVCache()
-        cache.compression = Compression(2, CHUNK, 1)
-        rows = torch.randn(5, 1, CHUNK, 2, 16)
+    def test_a_narrow_range_reads_the_latest_rows_that_were_kept(self):
+        cache = KVCache(1, 2, 8, compression=Compression(2, CHUNK, 1))
+        rows = torch.randn(5, 1, CHUNK, 2, 8)
         for chunk in range(5):
-            cache.write(0, chunk, rows[chunk])
-        cache.compress(0, 3, torch.randn(1, CHUNK, 4, 8))
-        pool, slot = cache.read(0, 0, 5)
-        assert (pool.shape[1], cache.length(0, 5, CHUNK)) == (2 * CHUNK, 3 * CHUNK)
-        assert torch.equal(slot, rows[4])
-        narrow, _ = cache.read(0, 3, 5)
-        assert torch.equal(narrow, pool[:, CHUNK:])
-        assert cache.length(3, 5, CHUNK) == 2 * CHUNK
-        assert cache.read(0, 4, 5) == [slot]
+            write(cache, rows[chunk], rows[chunk], Write(chunk * CHUNK, CHUNK))
+        compress(cache, torch.randn(1, CHUNK, 4, 8), Write(3 * CHUNK, CHUNK))
+        (layer,) = cache.look(0, 5 * CHUNK)
+        keys, _ = layer.read(0, 5 * CHUNK)
+        assert keys.shape[1] == cache.length(5 * CHUNK) == 3 * CHUNK
+        assert torch.equal(keys[:, 2 * CHUNK :], rows[4])
+        narrow, _ = layer.read(3 * CHUNK, 5 * CHUNK)
+        assert torch.equal(narrow, keys[:, CHUNK:])
+        assert cache.length(5 * CHUNK, 3 * CHUNK) == 2 * CHUNK
         everything = torch.cat(list(rows[:4]), dim=1)
-        for row in pool[0, :, 0]:
+        for row in keys[0, : 2 * CHUNK, 0]:
             assert (everything[0, :, 0] == row).all(-1).any()
-
-    def test_chunks_are_only_merged_beyond_the_budget(self):
-        cache = ChunkKVCache()
-        cache.compression = Compression(2, CHUNK, 1)
-        for chunk in range(2):
-            cache.write(0, chunk, torch.randn(1, CHUNK, 2, 16))
-            cache.compress(0, chunk, torch.randn(1, CHUNK, 4, 8))
-        assert cache.chunks == {0, 1}
+        cache.drop_before(4 * CHUNK)
+        assert cache.length(5 * CHUNK) == 3 * CHUNK, "what compression has kept stays"
 
 
 # -- the models --------------------------------------------------------------------------------------------------------

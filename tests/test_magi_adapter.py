@@ -9,7 +9,7 @@ from common.cache import MotionCacheConfig
 from common.errors import UserError
 from magi1_motioncache.adapter import CachedDenoiser
 from magi1_motioncache.denoiser import ExactDenoiser
-from magi1_motioncache.kv_cache import ChunkKVView
+from magi1_motioncache.kv_cache import LayerView
 from magi1_motioncache.sampler import Magi1Sampler
 from tests.magi_cases import Case, cases, tensors
 
@@ -107,17 +107,19 @@ def test_a_time_modulation_cannot_be_measured():
 def test_reused_tokens_are_attended_to_in_passes_that_leave_no_trace(branch, monkeypatch):
     case = Case(next(n for n in RUNS if ("distill" in n) == (branch == "near")))
     denoiser = cached(case, CACHED)
-    update, seen = ChunkKVView.update, []
+    update, seen = LayerView.update, []
 
-    def counted(view, layer, key_value, query):
-        rows = update(view, layer, key_value, query)
-        if view.own is denoiser._own[branch] and view.rows is not None:
-            seen.append((key_value.shape[1], rows.shape[1]))
+    def counted(view, key, value):
+        rows = update(view, key, value)
+        cache = denoiser.caches.get(branch)
+        if cache is not None and view.own in cache._layers and view.write.tokens is not None:
+            seen.append((key.shape[1], rows[0].shape[1]))
         return rows
 
-    monkeypatch.setattr(ChunkKVView, "update", counted)
+    monkeypatch.setattr(LayerView, "update", counted)
     sample(case, denoiser)
     selected = next(r for r in denoiser.trace.records if r.branch == branch and r.decision == "select")
     assert set(seen) == {(selected.tokens, selected.tokens_total)}
     assert selected.tokens < selected.tokens_total
-    assert denoiser._own[branch].chunks <= {case.plan.num_chunks - 1}, "finished chunks are freed"
+    last = (case.plan.num_chunks - 1) * selected.tokens_total
+    assert denoiser.caches[branch].chunks <= {last}, "finished chunks are freed"

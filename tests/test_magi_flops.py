@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.cache import Record, Trace
+from common.cache import KVCache, Record, Trace, Write
 from magi1_motioncache.captions import NULL_TOKENS
 from magi1_motioncache.flops import Flops, forward_flops, trace_flops
-from magi1_motioncache.kv_cache import ChunkKVCache, ChunkKVView
+from magi1_motioncache.kv_cache import ChunkView
 from magi1_motioncache.plan import ChunkCall, Role, SamplingPlan
 from magi1_motioncache.presets import VARIANTS
 from magi1_motioncache.transformer import Magi1Transformer3DModel
@@ -64,9 +64,10 @@ def test_against_the_counter_of_torch(shortcut, gated):
     options = dict(transformer("A").config) | {"gated_linear_unit": gated, "half_channel_vae": gated}
     options |= {"in_channels": 32, "out_channels": 32} if gated else {}
     model = Magi1Transformer3DModel(**options).requires_grad_(False)
-    cache, caption = ChunkKVCache(), torch.randn(1, 7, model.config.caption_channels)
+    size = options["num_layers"], options["num_query_groups"], options["kv_channels"]
+    cache, caption = KVCache(*size), torch.randn(1, 7, model.config.caption_channels)
     for chunk in range(2):
-        view = ChunkKVView(cache, cache, chunk, 0, 0)
+        view = ChunkView(cache, Write(24 * chunk, 24))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(torch.randn(1, 16, 2, 6, 8), torch.tensor([0.5]), caption, 2 * chunk, view, shortcut=shortcut)
     assert counter.get_total_flops() == forward_flops(model.config, 24, 48, 7, shortcut is not None).total

@@ -6,8 +6,8 @@ from magi_random import make_magi_pipeline
 from skyreels_random import random_pipeline
 
 from common.cache import ChunkStep, Engine, MotionCacheConfig, Signals
+from common.cache.kv_line import KeyValueLine
 from magi1_motioncache.adapter import CachedDenoiser
-from magi1_motioncache.kv_cache import ExtendedKeys
 from skyreels_v2_motioncache import apply_motioncache, remove_motioncache
 
 GRID = (2, 2, 4)
@@ -113,14 +113,14 @@ LIGHT = {"selection": "due", "selection_share": 0.25, "score": "reuse_error", "s
 
 def test_selected_tokens_of_every_magi_pass_attend_to_their_whole_chunk(monkeypatch):
     found = []
-    real = ExtendedKeys.update
+    real = KeyValueLine.complete
 
-    def spy(self, layer, key_value, query):
-        whole = real(self, layer, key_value, query)
-        found.append((key_value.shape[1], whole.shape[1]))
+    def spy(self, layer, chunk, rows, time, tokens):
+        whole = real(self, layer, chunk, rows, time, tokens)
+        found.append((rows[0].shape[1], whole[0].shape[1]))
         return whole
 
-    monkeypatch.setattr(ExtendedKeys, "update", spy)
+    monkeypatch.setattr(KeyValueLine, "complete", spy)
     pipe = make_magi_pipeline(num_steps=12, cfg_number=3, window_size=2, noise2clean_kvrange=(2,))
     pipe.set_progress_bar_config(disable=True)
     config = MotionCacheConfig(
@@ -138,7 +138,7 @@ def test_selected_tokens_of_every_magi_pass_attend_to_their_whole_chunk(monkeypa
     tokens = cached[0].trace.records[0].tokens_total
     assert any(count < tokens for count, _ in found) and {whole for _, whole in found} == {tokens}
     for branch in selected:  # a chunk's are forgotten at its clean pass, which the last one does not have
-        assert set(cached[0]._lines[branch]._buffers) == {1}
+        assert set(cached[0].caches[branch].line._buffers) == {tokens}
 
 
 def test_selected_tokens_of_skyreels_attend_to_keys_on_the_line():

@@ -129,11 +129,12 @@ def ranged_attention(query: Tensor, key_value: Tensor, starts: Tensor) -> Tensor
         end = (chunk + 1) * size
         groups = [(s, (starts[:, chunk] == s).nonzero()[:, 0]) for s in starts[:, chunk].unique().tolist()]
         if len(groups) == 1:
-            parts.append(grouped_attention(query[:, end - size : end], key_value[:, groups[0][0] * size : end]))
+            rows = key_value[:, groups[0][0] * size : end]
+            parts.append(grouped_attention(query[:, end - size : end], *rows.chunk(2, dim=-1)))
             continue
         members = [indices.to(query.device) for _, indices in groups]
         outputs = [
-            grouped_attention(query[i, end - size : end], key_value[i, start * size : end])
+            grouped_attention(query[i, end - size : end], *key_value[i, start * size : end].chunk(2, dim=-1))
             for (start, _), i in zip(groups, members, strict=True)
         ]
         parts.append(torch.cat(outputs)[torch.cat(members).argsort()])

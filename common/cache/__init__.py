@@ -8,6 +8,7 @@ from common.cache.config import MotionCacheConfig
 from common.cache.engine import Engine
 from common.cache.kv import KVCache, Write
 from common.cache.policy import ChunkStep, Signals
+from common.cache.staging import Staging
 from common.cache.trace import Record, Trace
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MotionCacheConfig",
     "Record",
     "Signals",
+    "Staging",
     "Trace",
     "Write",
 ]

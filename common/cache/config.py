@@ -80,7 +80,7 @@ class MotionCacheConfig:
         kv_budget: chunks' worth of clean K/V to keep per KV head (FlowCache's compression, see `compression`); `None`
             keeps all. `method="exact"` always keeps all.
         kv_granularity: whether tokens are kept one by one, or whole frames or chunks.
-        state_device: where K/V and residuals live between uses: `"model"` or `"cpu"`.
+        state_device: where K/V wait between uses: on the model's device, or in main memory (`"cpu"`).
 
     Raises:
         UserError: a value is outside its range, or two settings contradict each other.

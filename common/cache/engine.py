@@ -22,6 +22,7 @@ from common.cache.policy import (
     Signals,
 )
 from common.cache.residual import ReuseBuffer
+from common.cache.staging import Staging
 from common.cache.teacache import TeaCachePolicy
 from common.cache.trace import Record, Role, StepMaps, Trace
 from common.errors import UserError
@@ -95,11 +96,6 @@ class Engine:
         """Whether signals must be given with an announcement."""
         return self.config.distance != "table"
 
-    @property
-    def storage(self) -> torch.device | None:
-        """Device for K/V and residuals between uses; None is the model's."""
-        return self._storage
-
     def start_window(self) -> None:
         """Forget everything about the chunks before: a new video or window begins."""
         self._states.clear()
@@ -109,6 +105,10 @@ class Engine:
     def watch(self, cache: HoldsMemory) -> None:
         """Count a K/V cache of this window in `memory`."""
         self._watched.append(cache)
+
+    def new_staging(self, device: torch.device) -> Staging | None:
+        """What keeps K/V in main memory for a model on `device`; None leaves them where they are."""
+        return None if self._storage is None or self._storage == device else Staging(device)
 
     def new_line(self) -> KeyValueLine | None:
         """What extends K/V of one guidance pass of this window, counted in `memory`; None if nothing does."""
@@ -135,7 +135,7 @@ class Engine:
         key = (chunk, branch)
         if key not in self._states:
             cfg = self.config
-            buffer = ReuseBuffer(self._order, self._storage, MEASURED.get(cfg.score), cfg.extrapolation_weight)
+            buffer = ReuseBuffer(self._order, measure=MEASURED.get(cfg.score), weight=cfg.extrapolation_weight)
             self._states[key] = ChunkState(buffer)
         return self._states[key]
 

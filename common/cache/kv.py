@@ -1,31 +1,35 @@
-"""Keys and values of a window, per layer: whole write, selected write, compression, freeze."""
+"""Keys and values of a guidance pass, per layer: whole write, selected write, compression, freeze."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from common.cache.compression import Compression, gather
 from common.cache.kv_line import KeyValueLine
+from common.cache.staging import Staging
 
 
 @dataclass(frozen=True)
 class Write:
-    """Where the tokens of one call go in the cache.
+    """Where the tokens of one call go in the cache, and what they attend to.
 
     Attributes:
-        start: first token of the chunk in the window.
+        start: first token of the chunk in the video or window.
         length: tokens of the chunk.
         tokens: `[count]` indices inside the chunk, or None for all of them.
         time: time variable of the step, for a cache with a `line`; None if the rows are final.
+        seen_from: first token attended to; the last is the chunk's own.
     """
 
     start: int
     length: int
     tokens: Tensor | None = None
     time: float | None = None
+    seen_from: int = 0
 
     @property
     def end(self) -> int:
@@ -41,95 +45,159 @@ class LayerKV:
 
     Attributes:
         layer: which attention layer.
-        tokens, storage, compression, line: as for `KVCache`.
-        keys, values: `[batch, rows, heads, head dim]`, None before the first write.
+        compression, line: as for `KVCache`.
+        keys, values: `[batch, rows, heads, head dim]` on the model's device; None until `KVCache.open` makes room, and
+            between calls where K/V wait in main memory.
         removed: rows taken out so far, all of them before any row that is still written to.
+        seen: the parts of `keys` and `values` that the running call attends to; its own chunk is at their end.
+        waiting: by a chunk's first token, K and V in main memory, `[2, batch, tokens, heads, head dim]`, see `Staging`.
     """
 
     layer: int
-    tokens: int
-    storage: torch.device | None
     compression: Compression | None
     line: KeyValueLine | None
     keys: Tensor | None = None
     values: Tensor | None = None
     removed: int = 0
+    seen: tuple[Tensor, Tensor] | None = None
+    waiting: dict[int, Tensor] = field(default_factory=dict)
 
     def update(self, key: Tensor, value: Tensor, write: Write) -> tuple[Tensor, Tensor]:
-        """As `KVCache.update`, for a write that `KVCache.open` has let pass."""
+        """Write a call's K/V and return everything that its queries may attend to.
+
+        Args:
+            key, value: `[batch, count, heads, head dim]`, of the chunk's tokens or of those in `write.tokens`.
+            write: where they go, for which `KVCache.open` was called.
+
+        Returns:
+            K and V from `write.seen_from` to the chunk's end, `[batch, rows, heads, head dim]`: parts of the cache,
+            which the next write changes.
+        """
         tokens = write.tokens
         if self.line is not None and write.time is not None:
             key, value = self.line.complete(self.layer, write.start, (key, value), write.time, tokens)
             tokens = None
-        start, end = write.start - self.removed, write.end - self.removed
-        self.keys, self.values = self._with_room(self.keys, end, key), self._with_room(self.values, end, value)
-        for store, new in ((self.keys, key), (self.values, value)):
-            rows = store[:, start:end]
+        for seen, new in zip(self.seen, (key, value), strict=True):
+            # Counted from the end: a compiled block has no place in the video built in.
+            rows = seen[:, -write.length :]
             if tokens is None:
                 rows.copy_(new)
             else:
-                rows.index_copy_(1, tokens.to(store.device), new.to(store.device))
-        return self.keys[:, :end].to(key.device), self.values[:, :end].to(key.device)
+                rows.index_copy_(1, tokens, new)
+        return self.seen
+
+    def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V of the tokens from `start` to `end`, as far as they are there: views, as `update` returns them.
+
+        Where rows were taken out, what is left of them stands for the latest.
+        """
+        first, last = max(0, start - self.removed), end - self.removed
+        return _rows(self.keys, first, last), _rows(self.values, first, last)
 
     def compress(self, query: Tensor, write: Write) -> None:
-        """As `KVCache.compress`."""
+        """Cut the clean rows down to the budget, if they exceed it.
+
+        Args:
+            query: `[batch, tokens, query heads, head dim]`, rotated, of the chunk that has just become clean.
+            write: that chunk's last write. All rows up to its end must be final.
+        """
         end = write.end - self.removed
         if self.compression is None or end <= self.compression.budget:
             return
-        kept = self.compression.select(query, self.keys[:, :end].to(query.device))
+        kept = self.compression.select(query, self.keys[:, :end])
         for store in (self.keys, self.values):
             moved = torch.cat([gather(store[:, :end], kept), store[:, end:]], dim=1)
             store[:, : moved.shape[1]] = moved
         self.removed += end - self.compression.budget
 
-    def _with_room(self, store: Tensor | None, rows: int, like: Tensor) -> Tensor:
-        """The store itself if it has that many rows, else a larger one with its content."""
-        if store is not None and store.shape[1] >= rows:
-            return store
-        larger = self._allocate(rows if self.compression else self.tokens, like)
-        if store is not None:
-            larger[:, : store.shape[1]] = store
-        return larger
+    def drop_before(self, start: int) -> None:
+        """Take out all rows before token `start`; the others move up."""
+        rows = start - self.removed
+        self.waiting = {chunk: parts for chunk, parts in self.waiting.items() if chunk >= start}
+        if self.keys is not None and rows < self.keys.shape[1]:
+            for store in (self.keys, self.values):
+                store[:, :-rows] = store[:, rows:].clone()
+        else:
+            self.keys = self.values = None
+        self.removed = start
 
-    def _allocate(self, rows: int, like: Tensor) -> Tensor:
-        batch, _, heads, width = like.shape
-        if self.storage is None or self.storage == like.device:
-            # A head's rows side by side in memory: attention reads them in runs, the more so the fewer its queries.
-            return torch.zeros(batch, heads, rows, width, dtype=like.dtype, device=like.device).transpose(1, 2)
-        # Rows that travel are side by side instead, and pinned memory lets the copies to a GPU run beside its work.
-        pin = self.storage.type == "cpu" and like.device.type == "cuda"
-        return torch.zeros(batch, rows, heads, width, dtype=like.dtype, device=self.storage, pin_memory=pin)
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(t.nbytes for t in (self.keys, self.values, *self.waiting.values()) if t is not None)
+
+    def make_room(self, rows: int, heads: int, width: int, like: Tensor, by_head: bool) -> None:
+        """Exchange K and V for larger ones, with what they hold, if they hold fewer rows.
+
+        It is not for `update` to do: a block that is compiled meets nothing that happens once.
+
+        Args:
+            rows, heads, width: of K and V.
+            like: `[batch, ...]` of their dtype and device.
+            by_head: a head's rows side by side in memory, instead of a row's heads.
+        """
+        if self.keys is not None and self.keys.shape[1] >= rows:
+            return
+        before, batch = (self.keys, self.values), like.shape[0]
+        if by_head:
+            self.keys, self.values = (like.new_zeros(batch, heads, rows, width).transpose(1, 2) for _ in before)
+        else:
+            self.keys, self.values = (like.new_zeros(batch, rows, heads, width) for _ in before)
+        if before[0] is not None:
+            for larger, store in zip((self.keys, self.values), before, strict=True):
+                larger[:, : store.shape[1]] = store
+
+
+def _rows(store: Tensor, first: int, last: int) -> Tensor:
+    """`store[:, first:last]`, as a compiled block wants it: one graph serves all numbers of rows."""
+    # Strides that tell how much room there is would be taken notice of.
+    rows = store[0, first:last].unsqueeze(0) if store.shape[0] == 1 else store[:, first:last]
+    torch._dynamo.maybe_mark_dynamic(rows, 1)
+    return rows
 
 
 class KVCache:
-    """K and V of one branch of one window, `[batch, rows, heads, head dim]` per layer.
+    """K and V of one guidance pass, `[batch, rows, heads, head dim]` per layer.
 
-    Rows are the window's tokens in order. With compression, those of clean chunks beyond the budget are taken out and
-    the rows behind them move up, so that what a chunk attends to is always one piece of memory from row 0 on.
+    Rows are the tokens in order, from the first that was written. With compression, those of clean chunks beyond the
+    budget are taken out and the rows behind them move up: what a chunk attends to is always one piece of memory.
 
     Args:
         layers: number of attention layers.
-        tokens: tokens of the whole window.
-        storage: device that holds the tensors; None takes that of the first write. On another device than the
-            model's, only the rows asked for travel.
-        compression: what bounds the clean chunks' K/V. Without it the whole window is allocated at the first write,
-            with it rows are added as chunks begin.
+        heads: of K and V in each.
+        width: channels of a head.
+        tokens: tokens of the whole window, for which there is room from the first write on, unless K/V are compressed
+            or wait elsewhere. None, and these, add rows as chunks begin.
+        compression: what bounds the clean chunks' K/V.
         line: extends the K/V of a chunk's other tokens when some are written.
+        staging: keeps K/V in main memory and brings each layer's to the model's device when it is due; None leaves them
+            there.
     """
 
     def __init__(
         self,
         layers: int,
-        tokens: int,
-        storage: torch.device | None = None,
+        heads: int,
+        width: int,
+        tokens: int | None = None,
         compression: Compression | None = None,
         line: KeyValueLine | None = None,
+        staging: Staging | None = None,
     ) -> None:
         self.tokens = tokens
         self.compression = compression
         self.line = line
-        self._layers = [LayerKV(layer, tokens, storage, compression, line) for layer in range(layers)]
+        self._staging = staging
+        self._layers = [LayerKV(layer, compression, line) for layer in range(layers)]
+        self._shape = heads, width
         self._frozen: set[int] = set()
+        self._whole: set[int] = set()
+        self._first = 0  # token of the first row, until compression takes rows out
+
+    @property
+    def chunks(self) -> set[int]:
+        """First tokens of the chunks that were written and not dropped."""
+        return set(self._whole)
 
     def freeze(self, start: int) -> None:
         """The chunk that starts at token `start` is final: a later write there is a defect and raises."""
@@ -137,50 +205,71 @@ class KVCache:
         if self.line is not None:
             self.line.release(start)
 
-    def length(self, end: int) -> int:
-        """Keys that a chunk attends to which ends at token `end` of the window."""
-        return end - self._layers[0].removed
+    def length(self, end: int, seen_from: int = 0) -> int:
+        """Keys from token `seen_from` to token `end`."""
+        removed = self._layers[0].removed if self._whole else seen_from
+        return end - removed - max(0, seen_from - removed)
 
-    def open(self, write: Write) -> list[LayerKV]:
-        """The layers, for a write that is allowed.
+    def open(self, write: Write, like: Tensor) -> Iterator[LayerKV]:
+        """The layers one after another, each with its K/V on the model's device until the next is asked for.
+
+        Args:
+            write: what the layers are opened for.
+            like: `[batch, ...]` of the dtype and device of K and V.
 
         Raises:
-            RuntimeError: the rows are frozen, or outside the window.
+            RuntimeError: the rows are final, outside the window, or a selection of a chunk that was never written
+                whole.
         """
         if write.start in self._frozen:
             raise RuntimeError(f"the K/V of the chunk at row {write.start} are final")
-        if write.end > self.tokens:
+        if self.tokens is not None and write.end > self.tokens:
             raise RuntimeError(f"K/V write up to row {write.end} in a window of {self.tokens}")
-        return self._layers
+        if write.tokens is not None and write.start not in self._whole:
+            raise RuntimeError(f"the K/V of the chunk at row {write.start} were never written whole")
+        if not self._whole:
+            self._first = write.start
+            for layer in self._layers:
+                layer.removed = write.start
+        self._whole.add(write.start)
+        rows = write.end - self._layers[0].removed
+        if self._staging is None:
+            # Room for a window is made once: attention reads a head's rows in runs, the more so the fewer its queries.
+            at_once = self.compression is None and self.tokens is not None
+            for layer in self._layers:
+                layer.make_room(self.tokens if at_once else rows, *self._shape, like, by_head=at_once)
+            return self._opened(self._layers, write)
+        self._staging.make_room(rows, *self._shape, like)
+        # Compression scores everything; a whole write replaces what is there of its own chunk.
+        first = 0 if self.compression is not None else write.seen_from
+        last = write.start if write.tokens is None else write.end
+        staged = self._staging.through(self._layers, (first, last), (write.start, write.end))
+        return self._opened(staged, write)
 
-    def update(self, layer: int, key: Tensor, value: Tensor, write: Write) -> tuple[Tensor, Tensor]:
-        """Write a call's K/V and return everything that its queries may attend to.
+    def _opened(self, layers: Iterable[LayerKV], write: Write) -> Iterator[LayerKV]:
+        for layer in layers:
+            layer.seen = layer.read(write.seen_from, write.end)
+            yield layer
+            layer.seen = None
 
-        Args:
-            layer: which attention layer.
-            key, value: `[batch, count, heads, head dim]`, of the chunk's tokens or of those in `write.tokens`.
-            write: where they go.
+    def look(self, start: int, end: int) -> Iterator[LayerKV]:
+        """The layers one after another as `open` gives them, to `read` the tokens from `start` to `end`."""
+        return iter(self._layers) if self._staging is None else self._staging.through(self._layers, (start, end))
 
-        Returns:
-            K and V up to the chunk's end, `[batch, length(write.end), heads, head dim]`, on the device of `key`.
-
-        Raises:
-            RuntimeError: the rows are frozen, or outside the window.
-        """
-        return self.open(write)[layer].update(key, value, write)
-
-    def compress(self, layer: int, query: Tensor, write: Write) -> None:
-        """Cut the clean rows of a layer down to the budget, if they exceed it.
-
-        Args:
-            layer: which attention layer.
-            query: `[batch, tokens, query heads, head dim]` of the chunk that has just become clean.
-            write: that chunk's last write. All rows up to its end must be final.
-        """
-        self._layers[layer].compress(query, write)
+    def drop_before(self, start: int) -> None:
+        """Free the rows of all tokens before token `start`. What compression has kept stays: its budget bounds it."""
+        compressed = self._layers[0].removed > self._first
+        if compressed or not self._whole or start <= self._first:
+            return
+        for layer in self._layers:
+            layer.drop_before(start)
+        self._first = start
+        for chunk in [chunk for chunk in self._whole if chunk < start]:
+            self._whole.remove(chunk)
+            if self.line is not None:
+                self.line.release(chunk)
 
     @property
     def bytes(self) -> int:
         """Memory held, in bytes."""
-        held = [t for layer in self._layers for t in (layer.keys, layer.values) if t is not None]
-        return sum(t.nbytes for t in held)
+        return sum(layer.bytes for layer in self._layers)
