@@ -17,6 +17,7 @@ from skyreels_v2_motioncache import attention
 from skyreels_v2_motioncache.hook import MotionCacheHook, PrefixNoise
 from skyreels_v2_motioncache.plan import WindowPlan
 from skyreels_v2_motioncache.polynomial import with_polynomial
+from skyreels_v2_motioncache.solver import with_host_coefficients
 
 HOOK = "motioncache"
 
@@ -47,8 +48,9 @@ def apply_motioncache(
     """Attach the cache to a SkyReels-V2 diffusion-forcing pipeline (text, image or video to video).
 
     The pipeline is called as before. Its transformer then computes only chunks that are being denoised, reads a clean
-    chunk's K/V from the cache after renewing them once at t = 0, and follows `config` for the rest. With
-    `MotionCacheConfig.preset("exact")` the result equals the stock pipeline's up to rounding.
+    chunk's K/V from the cache after renewing them once at t = 0, and follows `config` for the rest. A UniPC scheduler
+    is exchanged for one that does not wait for the GPU. With `MotionCacheConfig.preset("exact")` the result equals the
+    stock pipeline's up to rounding.
 
     Args:
         pipe: `SkyReelsV2DiffusionForcingPipeline`, its `ImageToVideo` or its `VideoToVideo` sibling.
@@ -92,6 +94,8 @@ def apply_motioncache(
     if registry.get_hook(HOOK) is not None:
         raise UserError("this pipeline has a cache already; call remove_motioncache(pipe) first")
     hook = MotionCacheHook(with_polynomial(config, transformer), prefix_noise, keep_maps, policy)
+    hook.schedulers = pipe.scheduler, with_host_coefficients(pipe.scheduler)
+    pipe.scheduler = hook.schedulers[1]
     registry.register_hook(hook, HOOK)
     hook.installed_forward = transformer.forward
     attention.install(transformer)
@@ -111,6 +115,9 @@ def remove_motioncache(pipe: Any) -> None:
     transformer = pipe.transformer
     attention.uninstall(transformer)
     hook, outermost = registry.get_hook(HOOK), transformer.forward
+    stock, ours = hook.schedulers
+    if pipe.scheduler is ours:  # else it was exchanged meanwhile, and stays
+        pipe.scheduler = stock
     registry.remove_hook(HOOK, recurse=False)
     if getattr(transformer, "_old_forward", None) is hook.installed_forward:
         # accelerate's offloading was put around the cache: it stays, around the stock forward.

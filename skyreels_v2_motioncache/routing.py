@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from skyreels_v2_motioncache.attention import rotary_table
@@ -24,7 +26,9 @@ class Route:
         stack: called with the arguments of a block, in place of all blocks.
         first_frame: position of the chunk's first latent frame in the window.
         level: the one timestep of all the chunk's frames; None where frames may differ, or it is not known beforehand.
+        fps: frame rate classes as the pipeline gives them, for models that are told of it.
         text: the prompt as it was embedded by an earlier call, `[batch, text tokens, channels]`; None before.
+        rate: what `fps` adds to the modulation, `[1, 6 * channels]`; None before the first call.
         times: by timestep, its embedding `[batch, channels]` and modulation `[batch, 6 * channels]`.
         tables: by first frame and number of frames, rotary tables as `rotary_table` makes them.
     """
@@ -33,7 +37,9 @@ class Route:
     stack: Stack | None = None
     first_frame: int = 0
     level: float | None = None
+    fps: Any = None
     text: Tensor | None = None
+    rate: Tensor | None = None
     times: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
     tables: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -70,11 +76,17 @@ class _ChunkRotary(nn.Module):
 
 
 class _ChunkConditions(nn.Module):
-    """Embeds a timestep once for all chunks and guidance passes that come to it, and a prompt once for all calls."""
+    """Embeds a timestep once for all chunks and guidance passes that come to it, and a prompt once for all calls.
 
-    def __init__(self, embedder: nn.Module, route: Route) -> None:
+    It adds the frame rate as well: the stock forward brings it from the host at each call, and waits for that.
+    """
+
+    def __init__(self, transformer: nn.Module, route: Route) -> None:
         super().__init__()
-        self.embedder = embedder
+        self.embedder = transformer.condition_embedder
+        self.rates = None
+        if transformer.config.inject_sample_info:
+            self.rates = nn.Sequential(transformer.fps_embedding, transformer.fps_projection)
         self._route = route
 
     def forward(
@@ -84,6 +96,11 @@ class _ChunkConditions(nn.Module):
         if image is None and route.text is not None and route.level in route.times:
             return *route.times[route.level], route.text, None
         embedding, modulation, text, image = self.embedder(timestep, text, image)
+        if self.rates is not None:
+            if route.rate is None:
+                fps = torch.tensor(route.fps, dtype=torch.long, device=modulation.device).flatten()
+                route.rate = self.rates(fps[:1])  # the same for all samples of a batch
+            modulation = modulation + route.rate
         if route.level is not None:
             route.times[route.level] = embedding, modulation
         return embedding, modulation, text, image
@@ -94,20 +111,20 @@ def chunk_routing(transformer: nn.Module, route: Route) -> Iterator[None]:
     """Inside, `transformer`'s own forward treats its input as one chunk of a longer window, as the route says.
 
     Args:
-        transformer: a `SkyReelsV2Transformer3DModel`. Its blocks, rotary module, condition embedder and causal block
-            size are exchanged for the time of the context: a single chunk needs no causal mask, and the stock forward
-            builds none for size 1.
+        transformer: a `SkyReelsV2Transformer3DModel`. Its blocks, rotary module, condition embedder, causal block size
+            and frame rate option are exchanged for the time of the context: a single chunk needs no causal mask, and
+            the stock forward builds none for size 1.
         route: of the video in the making.
     """
     blocks, rope, embedder = transformer.blocks, transformer.rope, transformer.condition_embedder
-    causal_block = transformer.config.num_frame_per_block
+    causal_block, tells_rate = transformer.config.num_frame_per_block, transformer.config.inject_sample_info
     route.blocks = list(blocks)
     transformer.blocks, transformer.rope = _RoutedBlocks(route), _ChunkRotary(rope, route)
-    transformer.condition_embedder = _ChunkConditions(embedder, route)
-    transformer._set_ar_attention(1)
+    transformer.condition_embedder = _ChunkConditions(transformer, route)
+    transformer.register_to_config(num_frame_per_block=1, inject_sample_info=False)
     try:
         yield
     finally:
         transformer.blocks, transformer.rope, transformer.condition_embedder = blocks, rope, embedder
         route.stack = None  # which holds the window's tensors
-        transformer._set_ar_attention(causal_block)
+        transformer.register_to_config(num_frame_per_block=causal_block, inject_sample_info=tells_rate)

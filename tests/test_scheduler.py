@@ -3,9 +3,10 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC, original_sigmas
+from skyreels_v2_motioncache.solver import with_host_coefficients
 
 CONFIG = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0}
 
@@ -59,3 +60,51 @@ def test_denoising_along_the_true_velocity_ends_at_the_clean_sample():
     for t in scheduler.timesteps:
         sample = scheduler.step(noise - clean, t, sample, return_dict=False)[0]
     torch.testing.assert_close(sample, clean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, OriginalSigmasUniPC])
+def test_coefficients_from_the_host_give_the_same(kind, order):
+    library = kind(**CONFIG, solver_order=order)
+    ours = with_host_coefficients(library)
+    assert isinstance(ours, kind) and ours.config.solver_order == order
+    library.set_timesteps(12)
+    ours.set_timesteps(12)
+    generator = torch.Generator().manual_seed(0)
+    expected = found = copied = torch.randn(1, 4, 8, 8, generator=generator)
+    mix, copy = torch.randn(4, 4, generator=generator) / 2, deepcopy(ours)
+
+    def velocity(x):
+        return torch.tanh(torch.einsum("oc,bchw->bohw", mix, x))
+
+    for t in library.timesteps:
+        expected = library.step(velocity(expected), t, expected, return_dict=False)[0]
+        found = ours.step(velocity(found), t, found, return_dict=False)[0]
+        copied = copy.step(velocity(copied), t, copied, return_dict=False)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(copied, found)
+
+
+def test_coefficients_are_worked_out_once_for_all_copies(monkeypatch):
+    scheduler = with_host_coefficients(UniPCMultistepScheduler(**CONFIG))
+    calls = []
+    predict = UniPCMultistepScheduler.multistep_uni_p_bh_update
+
+    def counted(self, *args, **kwargs):
+        calls.append(kwargs["sample"].numel())
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(UniPCMultistepScheduler, "multistep_uni_p_bh_update", counted)
+    for _ in range(3):
+        copy, x = deepcopy(scheduler), torch.randn(1, 4, 2, 2)
+        copy.set_timesteps(5)
+        for t in copy.timesteps:
+            x = copy.step(x, t, x, return_dict=False)[0]
+    assert len(calls) == 5 and max(calls) <= 3  # of unit vectors
+
+
+def test_other_schedulers_are_left_alone():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    assert with_host_coefficients(scheduler) is scheduler
+    ours = with_host_coefficients(UniPCMultistepScheduler(**CONFIG))
+    assert with_host_coefficients(ours) is ours
