@@ -69,7 +69,7 @@ class Subject(ABC):
         dtype: instead of the settings' own.
 
     Raises:
-        UserError: the checkpoint or a size is wrong.
+        UserError: the checkpoint or a size is wrong, or blocks are to be compiled.
     """
 
     folder: Path
@@ -80,6 +80,8 @@ class Subject(ABC):
         self.device = resolve_device(self.settings.device)
         self.dtype = resolve_dtype(self.settings.dtype, self.device)
         check_offload(self.settings.offload, self.device)
+        if self.settings.compile:
+            raise UserError("compile: true is not for benchmarks, which make all videos alike; use compile=false")
         self._load()
 
     @staticmethod

@@ -116,7 +116,7 @@ def add_run_options(parser: Parser, frames: str, model: str, without: str) -> Op
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other setting of the YAML file, such as cache.threshold=0.15; may be repeated",
+        help="any other setting of the YAML file, such as cache.threshold=0.15 or compile=true; may be repeated",
     )
     where = parser.add_argument_group("where")
     where.add_argument(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 from abc import ABC, abstractmethod
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,8 +13,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from common.background import Background
 from common.cli import Interrupted
 from common.compare import EXACT, STOCK, Comparison, compare
+from common.compiling import check_compiler, room_for_graphs
 from common.console import Reporter, quiet_libraries, show_log
 from common.devices import check_offload, dtype_name, resolve_device, resolve_dtype
 from common.errors import UserError
@@ -23,6 +27,8 @@ from common.runs import Stage, default_output, summary
 from common.settings import RunSettings
 from common.video import GrowingVideo, read_image, read_video, side_by_side, write_video
 
+PARTS_IN_HAND = 2
+"""Decoded parts of a video that may be written while the GPU goes on: the one in the encoder, and one behind it."""
 S = TypeVar("S", bound=RunSettings)
 G = TypeVar("G", bound=Generator)
 
@@ -102,11 +108,15 @@ class Job(ABC, Generic[S, G]):
         self.device = resolve_device(s.device)
         self.dtype = resolve_dtype(s.dtype, self.device)
         check_offload(s.offload, self.device)
+        self._writing = Background(unfinished=0 if self.device.type == "cpu" else PARTS_IN_HAND)
         image = None if s.image is None else np.asarray(read_image(s.image))
         video = None if s.video is None else read_video(s.video)
         made_in = self.check(image, video)
         before = 0 if video is None else len(video) - s.overlap_history
         self._all_frames = before + s.num_frames
+        if s.compile:
+            with self.reporter.busy("trying the compiler"):
+                check_compiler(self.device)
         is_new = not self.output.exists()
         make_output_folder(self.output)
         try:
@@ -115,7 +125,9 @@ class Job(ABC, Generic[S, G]):
                 generator = self.load(image, video)
             for line in self.warnings(generator):
                 self.reporter.note(line)
-            result = compare(generator, self.method, s.cache, self.reporter, self._save, not self.compare)
+            with room_for_graphs() if s.compile else nullcontext():
+                result = compare(generator, self.method, s.cache, self.reporter, self._save, not self.compare)
+            self._writing.wait()
             self._write(generator, result)
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -124,6 +136,7 @@ class Job(ABC, Generic[S, G]):
         except KeyboardInterrupt as interrupt:
             raise Interrupted(self._what_is_complete()) from interrupt
         finally:
+            self._writing.close()
             for video_file in self._growing.values():
                 video_file.close()
             if is_new and not any(self.output.iterdir()):
@@ -140,15 +153,21 @@ class Job(ABC, Generic[S, G]):
             f"{self.device}, {dtype_name(self.dtype)}"
         )
         self.reporter.note(f'"{s.prompt}"')
+        if s.compile:
+            self.reporter.note("the transformer's blocks are compiled, in every stage, at the first call of each kind")
 
     def _save(self, name: str, frames: np.ndarray) -> None:
-        """Write a stage's next frames as soon as they are decoded. The stock video looks like the exact one."""
+        """Have a stage's next frames written as soon as they are decoded. The stock video looks like the exact one.
+
+        A GPU denoises the next chunk or stage meanwhile. On a CPU the encoder would take cores from what is being
+        timed, so the run waits for it, while the clock stands.
+        """
         if name == STOCK:
             return
         if name not in self._growing:
             file = "video.mp4" if name == self.method else f"{name}.mp4"
             self._growing[name] = GrowingVideo(self.output / file, self.settings.fps)
-        self._growing[name].append(frames)
+        self._writing.submit(partial(self._growing[name].append, frames))
 
     def _write(self, generator: G, result: Comparison) -> None:
         with self.reporter.busy("writing results"):
@@ -197,7 +216,7 @@ class Job(ABC, Generic[S, G]):
     def _report(self, generator: G, result: Comparison) -> None:
         s = self.settings
         self.console.print()
-        self.console.print(stage_table(result.stages, result.tokens_total, f"{s.model}, {self.method}"))
+        self.console.print(stage_table(result.stages, result.tokens_total, f"{s.model}, {self.method}", s.compile))
         if result.stock_difference is not None:
             self.reporter.note(
                 f"largest difference of exact's final latents from stock's: {result.stock_difference:.1e}"
@@ -209,6 +228,8 @@ class Job(ABC, Generic[S, G]):
             self.console.print(str(file), highlight=False, soft_wrap=True)
 
     def _what_is_complete(self) -> str:
+        with suppress(KeyboardInterrupt):  # a second one does not wait for the parts that are still to be written
+            self._writing.wait()
         growing = {video.path.name: video.frames for video in self._growing.values()}
         files = []
         for name in sorted(file.name for file in self.output.iterdir() if not file.name.startswith(".")):

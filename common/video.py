@@ -108,22 +108,24 @@ def write_lossless(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def _encode(path: Path, frames: np.ndarray, fps: int, codec: str, pixels: str, options: list[str]) -> None:
+    height, width = frames.shape[1:3]
+    source = ["-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}", "-pix_fmt", "rgb24", "-r", str(fps)]
     with atomic_path(path) as partial:
-        writer = imageio_ffmpeg.write_frames(
-            str(partial),
-            (frames.shape[2], frames.shape[1]),
-            fps=fps,
-            codec=codec,
-            pix_fmt_in="rgb24",
-            pix_fmt_out=pixels,
-            macro_block_size=1,
-            ffmpeg_log_level="error",
-            output_params=options,
-        )
-        writer.send(None)
-        for frame in np.ascontiguousarray(frames):
-            writer.send(frame)
-        writer.close()
+        encoder = ["-an", "-vcodec", codec, "-pix_fmt", pixels, *options, str(partial)]
+        _ffmpeg([*source, "-i", "-", *encoder], np.ascontiguousarray(frames).data.cast("B"))
+
+
+def _ffmpeg(arguments: Sequence[str], data: bytes | memoryview = b"") -> None:
+    """Run ffmpeg on `data`.
+
+    Raises:
+        OSError: it failed; the message is ffmpeg's.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *arguments]
+    # In a session of its own Ctrl-C does not reach it: a part that is being written becomes whole.
+    done = subprocess.run(command, input=data, stderr=subprocess.PIPE, start_new_session=True)
+    if done.returncode != 0:
+        raise OSError(f"ffmpeg failed: {done.stderr.decode(errors='replace').strip()}")
 
 
 class GrowingVideo:
@@ -167,9 +169,7 @@ def _join(parts: Sequence[Path], path: Path) -> None:
     """Put MP4 files of the same encoder settings behind each other."""
     listing = parts[0].with_name("parts.txt")
     listing.write_text("".join(f"file '{part.name}'\n" for part in parts), encoding="utf-8")
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y"]
-    source = ["-f", "concat", "-i", str(listing)]
-    subprocess.run([*ffmpeg, *source, "-c", "copy", "-movflags", "+faststart", str(path)], check=True)
+    _ffmpeg(["-f", "concat", "-i", str(listing), "-c", "copy", "-movflags", "+faststart", str(path)])
 
 
 def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[Sequence[str]]) -> np.ndarray:

@@ -41,7 +41,7 @@ class Magi1Job(Job[RunSettings, Generator]):
         """Load the pipeline and encode the prompt (see `Job.load`)."""
         s = self.settings
         pipe = load_pipeline(self.folder, self.dtype, s.special_tokens_file)
-        place_pipeline(pipe, self.device, s.offload)
+        place_pipeline(pipe, self.device, s.offload, s.compile)
         pipe.set_progress_bar_config(disable=True)
         generator = Generator(pipe, s, self.sampling, self.tokens, image, video)
         generator.encode()

@@ -9,6 +9,7 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from common.checkpoints import check_complete, loading
+from common.compiling import compile_blocks
 from common.devices import Offload
 from magi1_motioncache.convert import load_published, load_special_tokens
 from magi1_motioncache.folders import WEIGHTS, published_name, published_root, tokens_file
@@ -43,17 +44,24 @@ def load_pipeline(
     return pipe
 
 
-def place_pipeline(pipe: Magi1Pipeline, device: torch.device, offload: Offload = "none") -> None:
+def place_pipeline(pipe: Magi1Pipeline, device: torch.device, offload: Offload = "none", compile: bool = False) -> None:
     """Move a pipeline to its device, or let diffusers move its parts there when they are at work.
+
+    With `compile` its transformer's blocks are compiled at their first use.
 
     The autoencoder stays on the device either way: it runs between the chunks, and would push the transformer off.
     """
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
-        return
-    if offload == "none":
+    elif offload == "group":
+        _offload_layers(pipe, device)
+    else:
         pipe.to(device)
-        return
+    if compile:
+        compile_blocks(pipe.transformer)
+
+
+def _offload_layers(pipe: Magi1Pipeline, device: torch.device) -> None:
     on, off, stream = device, torch.device("cpu"), device.type == "cuda"
     layers = pipe.transformer.videodit_blocks.layers
     # The sampler calls layers, not the transformer as a whole; what is not in a layer is small.

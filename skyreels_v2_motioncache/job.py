@@ -32,7 +32,7 @@ class SkyReelsJob(Job[RunSettings, Generator]):
         folder = find_checkpoint(s.model)
         inspect_checkpoint(folder)
         pipe = loading.load_pipeline(folder, s.kind, self.dtype, s.shift, s.sigmas)
-        loading.place_pipeline(pipe, self.device, s.offload)
+        loading.place_pipeline(pipe, self.device, s.offload, s.compile)
         pipe.set_progress_bar_config(disable=True)
         generator = Generator(pipe, s, self.windows, image, video)
         generator.encode()

@@ -15,6 +15,7 @@ from diffusers import (
 )
 
 from common.checkpoints import check_complete, loading
+from common.compiling import compile_blocks
 from common.convolutions import use_onednn
 from common.devices import Offload
 from common.settings import Kind
@@ -61,8 +62,11 @@ def load_pipeline(
     return pipe
 
 
-def place_pipeline(pipe: Any, device: torch.device, offload: Offload = "none") -> None:
-    """Move a pipeline to its device, or let diffusers move its parts there when they are at work."""
+def place_pipeline(pipe: Any, device: torch.device, offload: Offload = "none", compile: bool = False) -> None:
+    """Move a pipeline to its device, or let diffusers move its parts there when they are at work.
+
+    With `compile` its transformer's blocks are compiled at their first use.
+    """
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
@@ -73,3 +77,5 @@ def place_pipeline(pipe: Any, device: torch.device, offload: Offload = "none") -
             use_onednn(pipe.vae)
     if offload != "none":
         pipe.vae.enable_tiling()
+    if compile:
+        compile_blocks(pipe.transformer)

@@ -49,6 +49,11 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, clip):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_ffmpeg_complains_of_is_told(tmp_path, clip):
+    with pytest.raises(OSError, match="ffmpeg failed: .*No such file or directory"):
+        video.write_video(tmp_path / "nowhere" / "clip.mp4", clip, fps=16)
+
+
 def test_floats_become_bytes():
     frames = np.array([-0.1, 0.0, 0.5, 1.0, 1.2])
     assert video.to_uint8(frames).tolist() == [0, 0, 128, 255, 255]
