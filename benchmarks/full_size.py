@@ -3,44 +3,49 @@
     python -m benchmarks.full_size
 
 SkyReels-V2 1.3B at 544×960 and MAGI-1 4.5B at 720×720: the library's own forward, exact, and cached at several shares
-of tokens, a few iterations each in which all chunks are active. Writes `results/gpu/<device>.json` and the same as a
-Markdown page, after each row. `docs/speed.md` says how to read them.
+of tokens, eager and with compiled blocks, a few iterations each in which all chunks are active. Writes
+`results/gpu/<device>.json` and the same as a Markdown page, after each row. `docs/speed.md` says how to read them.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.speed.instruments import Clock, attention_rate, matmul_ceiling
+from benchmarks.speed.bench import Bench
+from benchmarks.speed.checks import checks
+from benchmarks.speed.failures import first_line
+from benchmarks.speed.instruments import Clock, matmul_ceiling
 from benchmarks.speed.magi import Magi
-from benchmarks.speed.measure import Steady, measure_steady, measure_whole
+from benchmarks.speed.measure import steady_iterations
+from benchmarks.speed.page import markdown
 from benchmarks.speed.replay import Schedule
+from benchmarks.speed.rows import Row, Wanted, stages
 from benchmarks.speed.skyreels import SkyReels
-from benchmarks.speed.subject import WARMUP_STEPS, Mode, Subject, paper_share
-from benchmarks.speed.table import add_ratios, markdown, steady_row, whole_row
-from common.cache import MotionCacheConfig
+from benchmarks.speed.subject import Subject
+from benchmarks.speed.table import add_speedups
 from common.checks import check_range
-from common.cli import Parser, count, number, run_command
+from common.cli import Interrupted, Parser, count, number, run_command
 from common.devices import resolve_device
 from common.files import atomic_path, make_output_folder, write_json
 from common.results import provenance
 
 logger = logging.getLogger("full_size")
 ROOT = Path(__file__).resolve().parents[1]
-SUBJECTS: dict[str, Callable[[str, torch.device], Subject]] = {"skyreels": SkyReels, "magi": Magi}
+SUBJECTS: dict[str, Callable[..., Subject]] = {"skyreels": SkyReels, "magi": Magi}
 SHARES = (0.2, 0.4, 0.6, 0.8)
-STOCK_ITERATIONS = 2
 MATMUL_SIZE = {"full": 8192, "tiny": 256}
+FAILED = 1
 
 
 class Report:
@@ -48,10 +53,20 @@ class Report:
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
         self.path, self.data = path, data
-        self.rows: list[dict[str, Any]] = data["rows"]
+
+    @contextmanager
+    def attempt(self, model: str, what: str) -> Iterator[None]:
+        """An error inside is recorded, and the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("%s %s failed", model, what)
+            self.data["failed"].append({"model": model, "what": what, "error": first_line(error)})
+            self.write()
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+        self.data["rows"].append(row)
+        add_speedups(self.data["rows"])
         logger.info("%s %s: %.4g s per iteration", row["model"], row["mode"], row["seconds"])
         self.write()
 
@@ -60,107 +75,129 @@ class Report:
         with atomic_path(self.path.with_suffix(".md")) as page:
             page.write_text(markdown(self.data), encoding="utf-8")
 
-
-def modes(subject: Subject, args: argparse.Namespace) -> list[Mode]:
-    """Exact first, then what is compared with it."""
-    cached = subject.cached.replace(state_device=args.state_device)
-    found = [Mode("exact", MotionCacheConfig(method="exact", state_device=args.state_device))]
-    found += [Mode(f"cached {share:g}", cached.replace(budget=share), share) for share in args.shares]
-    found.append(paper_mode(subject, cached))
-    if args.replay is not None:
-        schedule = Schedule.read(args.replay)
-        found.append(Mode(f"replay {args.replay.stem}", cached.replace(budget=None), schedule=schedule))
-    return found
+    @property
+    def sound(self) -> bool:
+        """Whether nothing failed and no check is off."""
+        return not self.data["failed"] and all(check["passed"] for check in self.data["checks"])
 
 
-def paper_mode(subject: Subject, cached: MotionCacheConfig) -> Mode:
-    """The share of tokens that takes the paper's part of the vanilla FLOPs over the whole video."""
-    share = paper_share(subject)
-    return Mode(f"paper {subject.paper[0]:g} of {subject.paper[1]:g} PFLOP", cached.replace(budget=share), share)
+def run(args: argparse.Namespace, command: str, now: Callable[[], float] = time.monotonic) -> bool:
+    """Measure all models that are asked for, on one device.
 
+    Args:
+        args: the options.
+        command: as it was typed.
+        now: the clock of the time limit, in seconds.
 
-def measure_subject(subject: Subject, clock: Clock, args: argparse.Namespace, ceiling: float, report: Report) -> None:
-    """All rows of one model."""
-    if subject.has_stock and args.stock:
-        stock = Mode("stock", None)
-        measured = measure_steady(subject, stock, clock, STOCK_ITERATIONS, compiled=False)
-        report.add(steady_row(subject, stock, measured, None, STOCK_ITERATIONS, ceiling))
-    if args.compile:
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        subject.transformer.compile_repeated_blocks(backend=args.compile)
-    exact: Steady | None = None
-    for mode in modes(subject, args):
-        measured = measure_steady(subject, mode, clock, args.iterations, bool(args.compile))
-        if exact is None:
-            exact = measured
-            add_ratios(report.rows, subject.name, exact)
-        report.add(steady_row(subject, mode, measured, exact, args.iterations, ceiling))
-    if args.whole:
-        measure_videos(subject, clock, args, ceiling, report)
-    if args.compile:
-        counters = torch._dynamo.utils.counters
-        report.data["compiled"][subject.name] = {
-            "graphs": counters["stats"]["unique_graphs"],
-            "graph_limit": torch._dynamo.config.recompile_limit,  # at the limit, further shapes run uncompiled
-            "graph_breaks": sum(counters["graph_break"].values()),
-            "reasons": dict(counters["graph_break"]),
-        }
-        report.write()
-
-
-def measure_videos(subject: Subject, clock: Clock, args: argparse.Namespace, ceiling: float, report: Report) -> None:
-    """The whole video, exact and at the paper's compute with its warm-up."""
-    exact, *_ = modes(subject, args)
-    cached = subject.cached.replace(state_device=args.state_device, warmup_steps=WARMUP_STEPS)
-    exact_seconds = None
-    for mode in (exact, paper_mode(subject, cached)):
-        whole = measure_whole(subject, mode, clock)
-        exact_seconds = exact_seconds or whole["seconds"]
-        report.add(whole_row(subject, mode, whole, exact_seconds, ceiling))
-
-
-def run(args: argparse.Namespace, command: str) -> None:
-    """Measure all models that are asked for, on one device."""
+    Returns:
+        Whether everything that was begun went well.
+    """
+    began = now()
     device = resolve_device(args.device)
+    schedule = None if args.replay is None else (args.replay.stem, Schedule.read(args.replay))
+    wanted = Wanted(args.iterations, args.shares, args.stock, not args.only_eager, args.whole, schedule)
+    backend = None if args.only_eager else args.compile_backend
+    for name in args.models:  # complains now, and not after the first rows
+        SUBJECTS[name](args.size, torch.device("meta")).steady(steady_iterations(args.iterations))
     clock = Clock(device)
     head = provenance(command)
-    output = (
-        args.output or ROOT / "results/gpu" / f"{re.sub(r'[^a-z0-9]+', '-', head['device'].lower()).strip('-')}.json"
-    )
+    output = args.output or ROOT / "results/gpu" / f"{_file_name(head['device'])}.json"
     make_output_folder(output.parent)
     ceiling = matmul_ceiling(clock, MATMUL_SIZE[args.size])
-    data = {**head, "size": args.size, "ceiling": {"matmul_tflops": ceiling / 1e12}, "compiled": {}, "rows": []}
-    report = Report(output, data)
-    for name in args.models:
-        subject = SUBJECTS[name](args.size, device)
-        data["ceiling"][f"{subject.name}_attention_tflops"] = attention_rate(clock, *subject.attention_shape) / 1e12
-        measure_subject(subject, clock, args, ceiling, report)
-        del subject
-        gc.collect()  # a model and its hooks hold each other; the next one needs the memory
+    report = Report(output, _new_data(head, args, ceiling))
+    try:
+        for name in args.models:
+            _check(name, device, backend, report)
+        benches: list[Bench] = []
+        for name in args.models:
+            with report.attempt(name, "model with random weights"):
+                bench = Bench(SUBJECTS[name](args.size, device), clock, ceiling, backend)
+                report.data["models"][bench.subject.name] = bench.look()
+                benches.append(bench)
+                bench.leave()
+        for bench, row in _in_order(benches, wanted):
+            if args.time_limit is not None and now() - began > args.time_limit:
+                report.data["missing"].append({"model": bench.subject.name, "mode": row.name})
+                continue
+            for other in benches:
+                if other is not bench:
+                    other.leave()
+            with report.attempt(bench.subject.name, row.name):
+                report.add(bench.measure(row))
+    except KeyboardInterrupt:
+        raise Interrupted(f"{output} has {len(report.data['rows'])} rows") from None
+    report.write()
+    return report.sound
+
+
+def _new_data(head: dict[str, Any], args: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+    return {
+        **head,
+        "size": args.size,
+        "time_limit": args.time_limit,
+        "checks": [],
+        "ceiling": {"matmul_tflops": ceiling / 1e12},
+        "models": {},
+        "rows": [],
+        "failed": [],
+        "missing": [],
+    }
+
+
+def _check(name: str, device: torch.device, backend: str | None, report: Report) -> None:
+    """Compare what the device computes at the tiny size, and go on whatever comes out."""
+    with report.attempt(name, "checks"):
+        for check in checks(SUBJECTS[name], device, backend):
+            with report.attempt(check.model, check.name):
+                difference = check.run()
+                passed = difference <= check.tolerance
+                logger.info("%s %s: %.2g%s", check.model, check.name, difference, "" if passed else ", too much")
+                report.data["checks"].append(
+                    {
+                        "model": check.model,
+                        "check": check.name,
+                        "difference": min(difference, 1e300),  # JSON knows no infinity
+                        "tolerance": check.tolerance,
+                        "passed": passed,
+                    }
+                )
+
+
+def _in_order(benches: Sequence[Bench], wanted: Wanted) -> Iterator[tuple[Bench, Row]]:
+    """All models' rows, stage by stage."""
+    plans = [(bench, stages(bench.subject, wanted)) for bench in benches]
+    for stage in range(max((len(plan) for _, plan in plans), default=0)):
+        for bench, plan in plans:
+            for row in plan[stage]:
+                yield bench, row
+
+
+def _file_name(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code: 1 if a row failed or a check is off."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(arguments))
+    sound: list[bool] = []
+    return run_command(lambda: sound.append(_run(arguments))) or (0 if all(sound) else FAILED)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> bool:
     args = _parser().parse_args(arguments)
     for share in args.shares:
         check_range("--shares", share, 0.01, 1)
-    if args.replay is not None:
-        Schedule.read(args.replay)  # complains now, and not after the first rows
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run(args, shlex.join(["python", "-m", "benchmarks.full_size", *arguments]))
+    if args.time_limit is not None:
+        check_range("--time-limit", args.time_limit, 0, None)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    return run(args, shlex.join(["python", "-m", "benchmarks.full_size", *arguments]))
 
 
 def _parser() -> Parser:
     parser = Parser.of_module("benchmarks.full_size", __doc__)
     parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS), help="which (both)")
     parser.add_argument(
-        "--size", choices=list(MATMUL_SIZE), default="full", help="tiny runs anywhere in a minute, to try it out (full)"
+        "--size", choices=list(MATMUL_SIZE), default="full", help="tiny runs anywhere in minutes, to try it out (full)"
     )
     parser.add_argument(
         "--shares",
@@ -170,18 +207,20 @@ def _parser() -> Parser:
         metavar="X",
         help=f"of tokens computed per step, 0.01 to 1, a row each ({' '.join(map(str, SHARES))})",
     )
-    parser.add_argument("--iterations", type=count, default=6, metavar="N", help="timed iterations per row (6)")
+    parser.add_argument("--iterations", type=count, default=3, metavar="N", help="timed iterations per row (3)")
     parser.add_argument("--no-stock", dest="stock", action="store_false", help="leave the library's own forward out")
+    parser.add_argument("--only-eager", action="store_true", help="leave the rows with compiled blocks out")
+    parser.add_argument(
+        "--compile-backend",
+        choices=("inductor", "eager"),
+        default="inductor",
+        help="of torch.compile; eager needs no compiler, and gains nothing (inductor)",
+    )
     parser.add_argument("--whole", action="store_true", help="also denoise whole videos, exact and at paper compute")
     parser.add_argument(
         "--replay", type=Path, metavar="FILE", help="trace.json of a run, whose decisions one more row follows"
     )
-    parser.add_argument(
-        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="compile the blocks with torch.compile (no)"
-    )
-    parser.add_argument(
-        "--state-device", choices=("model", "cpu"), default="model", help="where K/V and cached values wait (model)"
-    )
+    parser.add_argument("--time-limit", type=number, metavar="SECONDS", help="begin no new row after that (none)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (auto)")
     parser.add_argument(
         "--output", type=Path, metavar="NAME.json", help="file to write (results/gpu/<device>.json); .md goes beside it"

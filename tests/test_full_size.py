@@ -1,188 +1,225 @@
 """The benchmark at full size, on the smallest size: the same path, but for the clock."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 from benchmarks import full_size
-from benchmarks.speed.instruments import Clock, Counter, Regions
-from benchmarks.speed.magi import Magi
-from benchmarks.speed.measure import measure_steady, measure_whole
-from benchmarks.speed.replay import Schedule
+from benchmarks.speed import checks as checks_module
+from benchmarks.speed.bench import Bench
+from benchmarks.speed.checks import Check
+from benchmarks.speed.kernels import DEFAULT
+from benchmarks.speed.page import markdown
 from benchmarks.speed.skyreels import SkyReels
-from benchmarks.speed.subject import WARMUP_STEPS, WHOLE, Mode, paper_share, with_share
-from common.cache import MotionCacheConfig, Record, Trace
-from common.errors import UserError
 
-CPU = torch.device("cpu")
-EXACT = Mode("exact", MotionCacheConfig.preset("exact"))
+OFFLOADED = ["exact, K/V in main memory", "cached 0.25, K/V in main memory"]
 
 
-@pytest.fixture(scope="module", params=[SkyReels, Magi])
-def subject(request):
-    return request.param("tiny", CPU)
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """What one call leaves for both models: JSON and page."""
+    output = tmp_path_factory.mktemp("gpu") / "gpu" / "cpu.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks_module, "WHOLE", slice(0, 6))
+        assert run("--iterations", 1, "--shares", 0.5, "--only-eager", "--output", output) == 0
+    return json.loads(output.read_text()), output.with_suffix(".md").read_text()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The command without its measurements: what each row's is to be is told by the row's name."""
+    outcomes = {}
+
+    def measure(bench, row):
+        outcome = outcomes.get(row.name)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        seconds = {"model": bench.subject.name, "mode": row.name, "seconds": 1.0, "video_seconds": 9.0}
+        return {**seconds, "video_seconds_scaled_from": row.iterations}
+
+    monkeypatch.setattr(full_size, "checks", lambda *_: iter(()))
+    monkeypatch.setattr(Bench, "measure", measure)
+    return outcomes
 
 
 def run(*arguments):
     return full_size.main(["--size", "tiny", "--device", "cpu", *map(str, arguments)])
 
 
-def test_one_command_makes_the_table(tmp_path):
-    output = tmp_path / "gpu" / "cpu.json"
-    assert run("--iterations", 1, "--shares", 0.5, "--output", output) == 0
-    data = json.loads(output.read_text())
+def modes(data, model):
+    return [row["mode"] for row in data["rows"] if row["model"] == model]
+
+
+def test_one_call_gives_every_row(result):
+    data, page = result
+    paper = "paper 30 of 113 PFLOP"
+    assert modes(data, "skyreels-v2-random") == ["exact", "stock", paper, *OFFLOADED, "cached 0.5"]
+    assert modes(data, "magi-1-random") == ["exact", "paper 64 of 139 PFLOP", *OFFLOADED, "cached 0.5"]
+    assert data["failed"] == data["missing"] == []
+    assert page.count("≈") == len(data["rows"]) + 1
     rows = {(row["model"], row["mode"]): row for row in data["rows"]}
-    assert [mode for _, mode in rows] == [
-        *("stock", "exact", "cached 0.5", "paper 30 of 113 PFLOP"),
-        *("exact", "cached 0.5", "paper 64 of 139 PFLOP"),
-    ]
     for (model, mode), row in rows.items():
-        exact = rows[model, "exact"]
-        assert row["time_ratio"] == pytest.approx(row["seconds"] / exact["seconds"], rel=1e-3)
+        assert row["time_ratio"] == pytest.approx(row["seconds"] / rows[model, "exact"]["seconds"], rel=1e-3)
         ceiling = data["ceiling"]["matmul_tflops"]
         assert row["fraction_of_ceiling"] == pytest.approx(row["tflops"] / ceiling, rel=1e-3)
-        assert row["share"] == pytest.approx({"cached 0.5": 0.5}.get(mode, row["share"]), abs=0.01)
+        if mode == "cached 0.5":
+            assert row["share"] == pytest.approx(0.5, abs=0.01)
         assert row["host_reads"] == 0  # budget form and exact decide without asking the device
-        assert row["syncs"] is row["launches"] is row["peak_gib"] is None  # there is no CUDA device to count them on
-        assert {"self-attention", "feed-forward", "embedding", "head"} <= set(row["components"])
+        # There is no CUDA device to count these on.
+        assert row["syncs"] is row["launches"] is row["peak_gib"] is row["gpu_busy"] is None and row["kernels"] == []
+        assert row["attention"] == DEFAULT and row.get("fits") is None
+        assert {"embedding", "head"} <= set(row["components"]) and row["warmup_seconds"] > 0
         assert ("policy" in row["components"]) == (mode != "stock")
-    for (model, name), count in {("skyreels-v2-random", "stock"): 2, ("magi-1-random", "exact"): 1}.items():
-        assert rows[model, name]["video_seconds_scaled_from"] == count
-    page = output.with_suffix(".md").read_text()
-    assert page.count("\n| skyreels-v2-random |") == 4 and page.count("\n| magi-1-random |") == 3
-    assert page.count("≈") == len(rows) + 1
 
 
-def test_compiled_blocks(tmp_path):
-    output = tmp_path / "compiled.json"
-    assert run("--models", "magi", "--iterations", 1, "--shares", "--compile", "eager", "--output", output) == 0
-    data = json.loads(output.read_text())
-    compiled = data["compiled"]["magi-1-random"]
-    assert compiled["graph_breaks"] == 0 and 0 < compiled["graphs"] <= compiled["graph_limit"]
+def test_speedups_are_over_stock(result):
+    data, _ = result
+    stock = next(row for row in data["rows"] if row["mode"] == "stock")
+    assert stock["times_stock"] == 1 and stock["video_seconds_scaled_from"] == 2
     for row in data["rows"]:
-        assert "blocks, compiled" in row["components"] and "feed-forward" not in row["components"]
+        if row["model"] != stock["model"]:
+            assert row["times_stock"] is None  # no library has MAGI-1
+        else:
+            assert row["times_stock"] == pytest.approx(stock["video_seconds"] / row["video_seconds"], rel=1e-3)
 
 
-def test_a_measured_model_is_left_as_it_was(subject):
-    before = [set(vars(module)) for module in subject.transformer.modules()]
-    measure_steady(subject, EXACT, Clock(CPU), 1, compiled=False)
-    assert [set(vars(module)) for module in subject.transformer.modules()] == before
+def test_compiled_rows_and_eager_ones_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks_module, "WHOLE", slice(0, 6))
+    output, options = tmp_path / "compiled.json", ("--no-stock", "--compile-backend", "eager")
+    assert run("--models", "skyreels", "--iterations", 1, "--shares", *options, "--output", output) == 0
+    data, paper = json.loads(output.read_text()), "paper 30 of 113 PFLOP"
+    assert data["checks"][-1]["check"] == "exact compiled against eager, bfloat16"
+    rows = {row["mode"]: row for row in data["rows"]}
+    assert list(rows) == ["exact", paper, "exact, compiled", f"{paper}, compiled", *OFFLOADED]
+    for mode, row in rows.items():
+        compiled = mode.endswith("compiled")
+        assert ("blocks, compiled" in row["components"]) == compiled == ("graphs" in row)
+        assert ("feed-forward" in row["components"]) != compiled
+        exact = rows["exact, compiled" if compiled else "exact"]
+        assert row["time_ratio"] == pytest.approx(row["seconds"] / exact["seconds"], rel=1e-3)
+    counted = [row for row in rows.values() if "graphs" in row]
+    assert all(row["graph_breaks"] == 0 for row in counted)
+    assert 0 < sum(row["graphs"] for row in counted) <= counted[0]["graph_limit"] == 8
 
 
-def test_host_reads_are_counted(subject):
-    threshold = Mode("threshold", subject.cached.replace(threshold=0.0))
-    steady = measure_steady(subject, threshold, Clock(CPU), 1, compiled=False)
-    chunks = {(r.chunk, r.branch) for r in subject.plan() if r.role == "denoise"}
-    assert 4 <= steady.counts["host_reads"] <= len(chunks)  # one per chunk and branch that is being denoised
-
-
-def test_only_reads_inside_the_model_and_the_iteration_count():
-    class Model:
-        def forward(self):
-            return torch.ones(3).sum().item(), torch.ones(3).nonzero()
-
-    model, counter = Model(), Counter(CPU)
-    with counter.installed(model, "forward"):
-        model.forward()
-        counter.start()
-        model.forward()
-        torch.ones(3).sum().item()
-        model.forward()
-        counter.stop()
-        model.forward()
-    assert counter.counts().host_reads == 4
-
-
-def test_whole_videos_compute_what_was_planned(subject):
-    exact = measure_whole(subject, EXACT, Clock(CPU))
-    assert exact["share"] == 1
-    assert exact["flops"] == pytest.approx(subject.flops(subject.plan()))
-    share = paper_share(subject)
-    config = subject.cached.replace(budget=share, warmup_steps=WARMUP_STEPS)
-    paper = measure_whole(subject, Mode("paper", config, share), Clock(CPU))
-    assert paper["flops"] == pytest.approx(subject.flops(with_share(subject.plan(), share)))
-    cached, vanilla = subject.paper
-    tokens = next(r.tokens_total for r in subject.plan())
-    in_stock = subject.stock_flops() * subject.video_iterations
-    assert paper["flops"] / in_stock == pytest.approx(cached / vanilla, abs=1 / tokens)
-
-
-@pytest.mark.parametrize(("model", "petaflops"), [(SkyReels, 58.8), (Magi, 140.5)])
-def test_plans_at_full_size(model, petaflops):
-    subject = model("full", torch.device("meta"))
-    assert subject.stock_flops() * subject.video_iterations / 1e15 == pytest.approx(petaflops, abs=0.1)
-    span = subject.steady(12)
-    steady = [r for r in subject.plan() if span.start < r.iteration < span.stop]
-    per_iteration = {i: {r.chunk for r in steady if r.iteration == i} for i in range(span.start + 1, span.stop)}
-    assert {len(chunks) for chunks in per_iteration.values()} == {5 if model is SkyReels else 4}
-    assert {r.role for r in steady} == {"denoise"}
-
-
-def test_more_iterations_than_are_steady(subject):
-    with pytest.raises(UserError, match="lower --iterations"):
-        subject.steady(100)
-
-
-def test_a_recorded_schedule_is_followed(subject):
-    branches = {record.branch for record in subject.plan()}
-    pattern = [1.0, 0.0, 0.5, 0.25]
-    steps = max(r.step for r in subject.plan() if r.role == "denoise") + 1
-    records = [
-        Record(0, k, 0, branch, k, "denoise", "select", round(8 * pattern[k % 4]), 8, 8)
-        for branch in branches
-        for k in range(steps)
+def test_the_device_is_checked_first(result):
+    data, page = result
+    assert [(check["model"], check["check"]) for check in data["checks"]] == [
+        ("skyreels-v2-random", "exact against stock, float32"),
+        ("skyreels-v2-random", "cached against the CPU, float32"),
+        ("magi-1-random", "exact against the CPU, float32"),
+        ("magi-1-random", "cached against the CPU, float32"),
     ]
-    schedule = Schedule.of(Trace(records=records))
-    with subject.session(Mode("replay", subject.cached, schedule=schedule), WHOLE) as session:
-        session.denoise(lambda: None)
-    done = [r for r in session.records if r.role == "denoise"]
-    first = {(r.chunk, r.branch): r.step for r in reversed(done)}
-    for record in done:
-        wanted = 1.0 if record.step == first[record.chunk, record.branch] else pattern[record.step % 4]
-        assert record.tokens == round(wanted * record.tokens_total), record
+    assert all(check["passed"] and check["difference"] <= check["tolerance"] for check in data["checks"])
+    assert data["checks"][0]["difference"] > 0  # two ways to sum
+    assert page.index("allowed") < page.index("Ceiling")
 
 
-def test_schedules_that_do_not_fit(tmp_path):
-    path = tmp_path / "trace.json"
-    path.write_text("[]")
-    with pytest.raises(UserError, match=r"trace\.json"):
-        Schedule.read(path)
-    subject = Magi("tiny", CPU)
-    schedule = Schedule({("cond", 0): [1.0, 0.5]})
-    with (
-        pytest.raises(UserError, match="no branch 'text', only cond"),
-        subject.session(Mode("replay", subject.cached, schedule=schedule), subject.steady(2)) as session,
-    ):
-        session.denoise(lambda: None)
+def test_attention_is_measured_at_the_models_shapes(result):
+    data, page = result
+    for name, model in data["models"].items():
+        rates = model["attention_rates"]
+        assert {rate["layout"] for rate in rates} == {"by head", "by row"}
+        longest = max(rate["keys"] for rate in rates)
+        whole, quarter = sorted({r["queries"] for r in rates if r["keys"] == longest}, reverse=True)
+        assert quarter == whole // 4 and all(rate["tflops"] > 0 for rate in rates)
+        assert model["exact_iteration"]["seconds_at_ceilings"] > 0
+        assert page.count(f"| {name} | default | by head") == 3
 
 
-def test_time_of_a_part_leaves_out_the_parts_inside():
-    class Ticks(Clock):
-        now = 0.0
+def test_a_check_that_is_off_makes_the_exit_code(quick, tmp_path, monkeypatch):
+    def found(*_):
+        yield Check("model", "near", 0.1, lambda: (torch.tensor([1.0, 10.5]), torch.tensor([1.0, 10.0])))
+        yield Check("model", "far", 0.1, lambda: (torch.tensor([2.5, 10.0]), torch.tensor([1.0, 10.0])))
+        yield Check("model", "broken", 0.1, lambda: (torch.tensor([torch.nan]), torch.tensor([1.0])))
 
-        def mark(self):
-            return self.now
+    monkeypatch.setattr(full_size, "checks", found)
+    output = tmp_path / "off.json"
+    assert run("--models", "magi", "--shares", "--output", output) == 1
+    data = json.loads(output.read_text())
+    assert [check["passed"] for check in data["checks"]] == [True, False, False]
+    assert [check["difference"] for check in data["checks"]] == [pytest.approx(0.05), pytest.approx(0.15), 1e300]
+    assert len(data["rows"]) == 6  # and the run goes on
+    assert "| model | far | 0.15 | 0.1 | **no** |" in output.with_suffix(".md").read_text()
 
-        def work(self, seconds):
-            type(self).now += seconds
 
-    class Model:
-        def inner(self):
-            clock.work(2)
+def test_a_failing_row_is_told_and_the_others_go_on(quick, tmp_path):
+    quick["exact, compiled"] = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore | advice")
+    quick["stock"] = RuntimeError("")
+    output = tmp_path / "failing.json"
+    assert run("--shares", "--output", output) == 1
+    data, page = json.loads(output.read_text()), output.with_suffix(".md").read_text()
+    memory = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert data["failed"] == [
+        {"model": "skyreels-v2-random", "what": "stock", "error": "RuntimeError"},
+        {"model": "skyreels-v2-random", "what": "exact, compiled", "error": memory},
+        {"model": "magi-1-random", "what": "exact, compiled", "error": memory},
+    ]
+    assert f"- **failed**: magi-1-random exact, compiled: `{memory}`" in page
+    assert len(data["rows"]) == 13 - len(data["failed"])
 
-        def outer(self):
-            clock.work(1)
-            self.inner()
 
-    clock = Ticks(CPU)
-    regions, model = Regions(clock), Model()
-    with regions.installed([(model, "outer", "outer"), (Model, "inner", "inner")]):
-        model.outer()  # not running yet
-        regions.start()
-        model.outer()
-        model.inner()
-        clock.work(4)
-        regions.stop()
-    assert regions.seconds() == {"iteration": 4, "inner": 4, "outer": 1}
-    assert "outer" not in vars(model)
+def test_a_model_that_cannot_be_made_leaves_the_other(quick, tmp_path, monkeypatch):
+    def broken(size, device):
+        if device.type == "meta":
+            return SkyReels(size, device)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setitem(full_size.SUBJECTS, "skyreels", broken)
+    output = tmp_path / "broken.json"
+    assert run("--shares", "--only-eager", "--output", output) == 1
+    data = json.loads(output.read_text())
+    assert [failure["what"] for failure in data["failed"]] == ["model with random weights"]
+    assert modes(data, "magi-1-random") == ["exact", "paper 64 of 139 PFLOP", *OFFLOADED]
+
+
+def test_no_row_begins_after_the_time_limit(quick, tmp_path):
+    output = tmp_path / "late.json"
+    times = iter(range(0, 1000, 10))
+    arguments = ["--size", "tiny", "--device", "cpu", "--shares", "0.5", "--time-limit", "45", "--output", str(output)]
+    assert full_size.run(full_size._parser().parse_args(arguments), "command", now=lambda: next(times))
+    data, page = json.loads(output.read_text()), output.with_suffix(".md").read_text()
+    # The first row is asked for at 10 s. What tells most comes first, of both models.
+    begun = [(row["model"].partition("-")[0], row["mode"]) for row in data["rows"]]
+    assert begun == [("skyreels", m) for m in ("exact", "stock", "paper 30 of 113 PFLOP")] + [("magi", "exact")]
+    missing = [(row["model"].partition("-")[0], row["mode"]) for row in data["missing"]]
+    assert missing[:3] == [
+        ("magi", "paper 64 of 139 PFLOP"),
+        ("skyreels", "exact, compiled"),
+        ("skyreels", "paper 30 of 113 PFLOP, compiled"),
+    ]
+    assert len(begun) + len(missing) == 17 and page.count("- not begun within 45 s: ") == len(missing)
+
+
+def test_an_interrupted_run_says_what_it_has(quick, tmp_path, capsys):
+    quick["stock"] = KeyboardInterrupt()
+    output = tmp_path / "cut.json"
+    assert run("--output", output) == 130
+    assert f"interrupted: {output} has 1 rows" in capsys.readouterr().err
+    assert len(json.loads(output.read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--iterations", 100), "lower --iterations"),
+        (("--time-limit", -1), "--time-limit: -1.0 is outside its range"),
+        (("--compile-backend", "triton"), "invalid choice: 'triton'"),
+    ],
+)
+def test_bad_options_are_refused_first(arguments, message, tmp_path, capsys):
+    assert run(*arguments, "--output", tmp_path / "never.json") == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_page_shows_where_time_goes(result):
+    data, page = copy.deepcopy(result)
+    assert "kernels with the most time" not in page
+    kernel = ["void gemm<a|b>" + "x" * 200, 30, 0.25]
+    for row in data["rows"]:
+        row.update({"kernels": [kernel], "gpu_busy": 0.9, "seconds": 0.5})
+    page = markdown(data)
+    assert page.count("the kernels with the most time in one iteration; GPU busy 90% of it.") == 6
+    assert "| `void gemm<a\\|bx" not in page and "| `void gemm<a\\|b>xxx" in page and "| 30 | 0.25 | 50.0% |" in page

@@ -1,32 +1,23 @@
-"""Clocks and counters. The only place of the benchmark where a GPU differs from a CPU."""
+"""Clocks, and the time of parts. Where memory is counted, this is where a GPU differs from a CPU."""
 
 from __future__ import annotations
 
-import json
-import tempfile
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
-
-from common.attention import attend
 
 Mark = float | torch.cuda.Event
 Part = tuple[Any, str, str]
 """An owner (object, module or class), the name of its function, and the label that its time is booked under."""
 
-MODEL, ITERATION = "model", "iteration"
-HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero")
-SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-HOST_EVENTS = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+ITERATION = "iteration"
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,7 @@ class Clock:
 
     def restart_peak(self) -> None:
         """Free what nobody holds, and measure peak memory from here on."""
+        gc.collect()  # a model and the hooks of its last row hold each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -59,6 +51,25 @@ class Clock:
     def peak_gib(self) -> float | None:
         """Most memory in tensors since `restart_peak`, in GiB; None where no allocator counts it."""
         return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+
+    @contextmanager
+    def memory_cap(self, gib: float) -> Iterator[bool]:
+        """Inside, tensors and what the allocator keeps for later ones take at most `gib`, or it raises.
+
+        What CUDA itself needs, about half a GiB, is outside the cap.
+
+        Yields:
+            Whether there is a cap: nothing limits a CPU's memory.
+        """
+        if self.device.type != "cuda":
+            yield False
+            return
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), self.device.index)
+        try:
+            yield True
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device.index)
 
 
 def best_rate(clock: Clock, work: Callable[[], Any], flops: float, repeats: int) -> float:
@@ -75,14 +86,6 @@ def matmul_ceiling(clock: Clock, size: int, dtype: torch.dtype = torch.bfloat16,
     """The FLOP/s that a product of two square matrices of normal numbers reaches; power limits depend on the values."""
     a, b = (torch.randn(size, size, device=clock.device, dtype=dtype) for _ in range(2))
     return best_rate(clock, lambda: a @ b, 2.0 * size**3, repeats)
-
-
-def attention_rate(clock: Clock, queries: int, keys: int, heads: int, width: int, repeats: int = 5) -> float:
-    """FLOP/s of bf16 attention without a mask, with the kernel that the models use."""
-    shape = {"device": clock.device, "dtype": torch.bfloat16}
-    q = torch.randn(1, queries, heads, width, **shape)
-    k, v = (torch.randn(1, keys, heads, width, **shape) for _ in range(2))
-    return best_rate(clock, lambda: attend(q, k, v), 4.0 * queries * keys * heads * width, repeats)
 
 
 @contextmanager
@@ -156,82 +159,3 @@ class Regions:
                 span.end = self.clock.mark()
 
         return timed
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What one iteration asks of the host.
-
-    Attributes:
-        host_reads: values that Python read from tensors inside the model's forwards (`item`, `nonzero` and what calls
-            them); on a GPU each waits for the device.
-        syncs: waits for the device inside the model's forwards, copies from pageable memory included.
-        loop_syncs: the same in the rest of the iteration: the solver and the pipeline's loop.
-        launches: kernels launched by the whole iteration. Without CUDA this and the syncs are None.
-    """
-
-    host_reads: int
-    syncs: int | None
-    loop_syncs: int | None
-    launches: int | None
-
-
-class Counter:
-    """Counts an iteration's host reads, waits and launches with PyTorch's profiler."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
-        self._profile = profile(activities=activities)
-        self._iteration = record_function(ITERATION)
-        self._running = False
-
-    @contextmanager
-    def installed(self, owner: Any, name: str) -> Iterator[None]:
-        """Inside, calls of `owner.name` count as the model's."""
-
-        def wrap(function: Callable) -> Callable:
-            def labelled(*args: Any, **kwargs: Any) -> Any:
-                if not self._running:
-                    return function(*args, **kwargs)
-                with record_function(MODEL):
-                    return function(*args, **kwargs)
-
-            return labelled
-
-        with replaced(owner, name, wrap):
-            yield
-
-    def start(self) -> None:
-        self._profile.start()
-        self._iteration.__enter__()
-        self._running = True
-
-    def stop(self) -> None:
-        self._running = False
-        self._iteration.__exit__(None, None, None)
-        self._profile.stop()
-
-    def counts(self) -> Counts:
-        """Of the iteration between `start` and `stop`."""
-        # The profiler's own list of events takes minutes to build at full size; its trace file takes seconds.
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            self._profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        events = [e for e in events if e.get("ph") == "X" and e["cat"] in HOST_EVENTS]
-        spans = {
-            label: [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == label] for label in (MODEL, ITERATION)
-        }
-
-        def count(names: tuple[str, ...], label: str) -> int:
-            found = (e["ts"] for e in events if e["name"].startswith(names))
-            return sum(any(start <= ts <= end for start, end in spans[label]) for ts in found)
-
-        waits, all_waits = count(SYNCS, MODEL), count(SYNCS, ITERATION)
-        return Counts(
-            host_reads=count(HOST_READS, MODEL),
-            syncs=waits if self.cuda else None,
-            loop_syncs=all_waits - waits if self.cuda else None,
-            launches=count(LAUNCHES, ITERATION) if self.cuda else None,
-        )

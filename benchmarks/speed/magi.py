@@ -17,7 +17,7 @@ from magi1_motioncache import attention
 from magi1_motioncache.adapter import CachedDenoiser
 from magi1_motioncache.captions import ChunkCaptions
 from magi1_motioncache.flops import trace_flops
-from magi1_motioncache.kv_cache import ChunkKVView
+from magi1_motioncache.kv_cache import LayerView
 from magi1_motioncache.plan import ChunkCall, Role, SamplingPlan
 from magi1_motioncache.presets import TRANSFORMER_4_5B, VARIANTS
 from magi1_motioncache.sampler import Magi1Sampler
@@ -69,6 +69,7 @@ class Magi:
     Args:
         size: `"full"` or `"tiny"`.
         device: where weights are made and run.
+        dtype: what weights are cast to, but for those that a checkpoint keeps in float32.
     """
 
     has_stock = False
@@ -82,7 +83,7 @@ class Magi:
         reuse="velocity",
     )
 
-    def __init__(self, size: str, device: torch.device) -> None:
+    def __init__(self, size: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         sizes = SIZES[size]
         self.name = sizes["name"]
         self._sampling = VARIANTS["4.5B_distill"].sampling.replace(num_steps=sizes["steps"])
@@ -91,9 +92,13 @@ class Magi:
         self._device = device
         torch.manual_seed(0)
         with device:
-            self.transformer = mixed_precision(Magi1Transformer3DModel(**sizes["transformer"]))
+            self.transformer = mixed_precision(Magi1Transformer3DModel(**sizes["transformer"]), dtype)
             self._caption = torch.randn(self._text_tokens, self.transformer.config.caption_channels)
         self.video_iterations = self._video().total_iterations
+
+    def to(self, device: torch.device) -> None:
+        self.transformer.to(device)
+        self._caption, self._device = self._caption.to(device), device
 
     def steady(self, count: int) -> slice:
         # A stage begins with the clean pass that its later iterations read; the first whole window is the fourth stage.
@@ -113,16 +118,18 @@ class Magi:
         denoiser = CachedDenoiser(self.transformer, captions, plan, mode.config)
         mode.prepare(denoiser.engine)
         shape = (1, self.transformer.latent_channels, plan.latent_frames, self._latent_side, self._latent_side)
-        sampler = Magi1Sampler(plan, torch.randn(shape, device=self._device))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")  # the same on all devices
+        sampler = Magi1Sampler(plan, noise.to(self._device))
 
-        def denoise(on_iteration: Callable[[], None]) -> None:
+        def denoise(on_iteration: Callable[[], None]) -> torch.Tensor:
             for _ in sampler.run(denoiser, on_iteration):
                 pass
+            return sampler.latents
 
         model, network = (denoiser, "predict"), self.transformer
-        outer = [(network, "prepare", "embedding"), (network, "head", "head"), (network, "unpatchify", "head")]
+        outer = [(denoiser, "prepare", "embedding"), (network, "head", "head"), (network, "unpatchify", "head")]
         outer += [*engine_parts(denoiser.engine), (*model, "rest of the model")]
-        inner = [(attention, "attend", "attention kernels"), (ChunkKVView, "update", "K/V write")]
+        inner = [(attention, "attend", "attention kernels"), (LayerView, "update", "K/V write")]
         layers = network.videodit_blocks.layers
         parts = [*outer, *self._layer_parts(), *inner]
         yield Session(denoise, model, parts, [*outer, *compiled_parts(layers)], denoiser.trace.records)

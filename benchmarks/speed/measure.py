@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.speed.instruments import Clock, Counter, Mark, Regions
+from benchmarks.speed.instruments import Clock, Mark, Regions
+from benchmarks.speed.profiling import GpuWork, Profiler, gpu_work, host_counts
 from benchmarks.speed.subject import WHOLE, Mode, Session, Subject
 from common.cache import Record
 
@@ -13,6 +14,11 @@ WARMING = 2
 """Iterations that are not timed: the first computes all tokens, the second meets the shapes of selected ones."""
 EXTRA = 2
 """Iterations after the timed ones: one with parts timed apart, one with host reads and launches counted."""
+
+
+def steady_iterations(timed: int) -> int:
+    """Iterations that a row of `timed` ones takes."""
+    return WARMING + timed + EXTRA
 
 
 @dataclass(frozen=True)
@@ -24,23 +30,27 @@ class Steady:
         flops: of the forwards; for the library's own forward, of the block-causal area.
         share: tokens computed, of all tokens of the chunks being denoised.
         peak_gib: most memory in tensors, weights included; None on a CPU.
+        warmup_seconds: of the iterations before the timed ones, with compiling if there is any.
         components: seconds of one more iteration by part; the marks themselves cost time there.
         counts: host reads, waits and launches of one more iteration.
+        gpu: its kernels; None on a CPU.
     """
 
     seconds: float
     flops: float
     share: float
     peak_gib: float | None
+    warmup_seconds: float
     components: dict[str, float]
     counts: dict[str, int | None]
+    gpu: GpuWork | None
 
 
 def measure_steady(subject: Subject, mode: Mode, clock: Clock, iterations: int, compiled: bool) -> Steady:
     """Time `iterations` iterations in which all chunks are active, then look at two more closely."""
-    span = subject.steady(WARMING + iterations + EXTRA)
+    span = subject.steady(steady_iterations(iterations))
     marks: list[Mark] = []
-    regions, counter = Regions(clock), Counter(clock.device)
+    regions, profiler = Regions(clock), Profiler(clock.device)
 
     def after_iteration() -> None:
         marks.append(clock.mark())
@@ -48,14 +58,15 @@ def measure_steady(subject: Subject, mode: Mode, clock: Clock, iterations: int, 
             regions.start()
         elif len(marks) == WARMING + iterations + 1:
             regions.stop()
-            counter.start()
+            profiler.start()
         elif len(marks) == WARMING + iterations + 2:
-            counter.stop()
+            profiler.stop()
 
     clock.restart_peak()
     with subject.session(mode, span) as session:
         parts = session.compiled_parts if compiled else session.parts
-        with regions.installed(parts), counter.installed(*session.model):
+        with regions.installed(parts), profiler.installed(*session.model):
+            began = clock.mark()
             session.denoise(after_iteration)
         timed = _steps(session, WARMING, iterations)
     if timed is None:
@@ -63,13 +74,16 @@ def measure_steady(subject: Subject, mode: Mode, clock: Clock, iterations: int, 
     else:
         flops = subject.flops(timed) / iterations
         share = sum(r.tokens for r in timed) / sum(r.tokens_total for r in timed)
+    events = profiler.events()
     return Steady(
         seconds=clock.seconds(marks[WARMING - 1], marks[WARMING + iterations - 1]) / iterations,
         flops=flops,
         share=share,
         peak_gib=clock.peak_gib(),
+        warmup_seconds=clock.seconds(began, marks[WARMING - 1]),
         components=regions.seconds(),
-        counts=asdict(counter.counts()),
+        counts=asdict(host_counts(events, cuda=clock.device.type == "cuda")),
+        gpu=gpu_work(events),
     )
 
 

@@ -11,7 +11,8 @@ from diffusers import SkyReelsV2DiffusionForcingPipeline, SkyReelsV2Transformer3
 
 from benchmarks.speed.instruments import Part
 from benchmarks.speed.subject import WHOLE, Mode, Session, compiled_parts, engine_parts, mixed_precision
-from common.cache import KVCache, MotionCacheConfig, Record
+from common.cache import MotionCacheConfig, Record
+from common.cache.kv import LayerKV
 from common.errors import UserError
 from skyreels_v2_motioncache import apply_motioncache, attention, remove_motioncache
 from skyreels_v2_motioncache.cost import model_cost
@@ -69,6 +70,7 @@ class SkyReels:
     Args:
         size: `"full"` or `"tiny"`.
         device: where weights are made and run.
+        dtype: what weights are cast to, but for those that a checkpoint keeps in float32.
     """
 
     has_stock = True
@@ -76,14 +78,14 @@ class SkyReels:
     branches = ("cond", "uncond")
     cached = MotionCacheConfig(distance="input", polynomial=None, warmup_steps=1, chunk_phase=0)
 
-    def __init__(self, size: str, device: torch.device) -> None:
+    def __init__(self, size: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         sizes = SIZES[size]
         self.name = sizes["name"]
         torch.manual_seed(0)
         with device:
-            self.transformer = mixed_precision(SkyReelsV2Transformer3DModel(**sizes["transformer"]))
+            self.transformer = mixed_precision(SkyReelsV2Transformer3DModel(**sizes["transformer"]), dtype)
             text = (1, sizes["text_tokens"], self.transformer.config.text_dim)
-            self._prompts = [torch.randn(text, dtype=torch.bfloat16) for _ in self.branches]
+            self._prompts = [torch.randn(text, dtype=dtype) for _ in self.branches]
         scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=8.0)
         self._pipe = PartialPipeline(None, None, self.transformer, None, scheduler)
         self._pipe.set_progress_bar_config(disable=True)
@@ -91,6 +93,10 @@ class SkyReels:
         self._cost = model_cost(self.transformer, sizes["text_tokens"])
         self._plan = self._window_plan()
         self.video_iterations = self._plan.iterations
+
+    def to(self, device: torch.device) -> None:
+        self.transformer.to(device)
+        self._prompts = [prompt.to(device) for prompt in self._prompts]
 
     def steady(self, count: int) -> slice:
         first = self._call["ar_step"] * (self._plan.chunks - 1)
@@ -104,12 +110,12 @@ class SkyReels:
         pipe = self._pipe
         pipe.iterations = iterations
 
-        def denoise(on_iteration: Callable[[], None]) -> None:
+        def denoise(on_iteration: Callable[[], None]) -> torch.Tensor:
             def after(pipe: Any, i: int, t: torch.Tensor, tensors: dict) -> dict:
                 on_iteration()
                 return tensors
 
-            pipe(
+            return pipe(
                 **self._call,
                 prompt=None,
                 prompt_embeds=self._prompts[0],
@@ -118,7 +124,7 @@ class SkyReels:
                 generator=torch.Generator().manual_seed(0),
                 output_type="latent",
                 callback_on_step_end=after,
-            )
+            ).frames
 
         model = (self.transformer, "forward")
         ends = [*self._outer_parts(), (*model, "rest of the model")]
@@ -129,12 +135,13 @@ class SkyReels:
         hook = apply_motioncache(pipe, mode.config).hook
         mode.prepare(hook.engine)
         engine = engine_parts(hook.engine)
-        inner = [(attention, "attend", "attention kernels"), (KVCache, "update", "K/V write")]
+        inner = [(attention, "attend", "attention kernels"), (LayerKV, "update", "K/V write")]
         records: list[Record] = []
 
-        def recorded(on_iteration: Callable[[], None]) -> None:
-            denoise(on_iteration)
+        def recorded(on_iteration: Callable[[], None]) -> torch.Tensor:
+            latents = denoise(on_iteration)
             records.extend(hook.engine.trace.records)
+            return latents
 
         try:
             yield Session(

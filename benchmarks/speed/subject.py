@@ -45,14 +45,14 @@ class Session:
     """One denoising, ready to go.
 
     Attributes:
-        denoise: runs it; calls its argument after each iteration.
+        denoise: runs it; calls its argument after each iteration and returns the latents that it ends with.
         model: owner and name of the function that is called for every forward of the model.
         parts: what can be timed apart inside it.
         compiled_parts: the same when the blocks are compiled and nothing inside them can be.
         records: of the engine; None for the library's own forward.
     """
 
-    denoise: Callable[[Callable[[], None]], None]
+    denoise: Callable[[Callable[[], None]], torch.Tensor]
     model: tuple[Any, str]
     parts: list[Part]
     compiled_parts: list[Part]
@@ -69,6 +69,7 @@ class Subject(Protocol):
         has_stock: whether a library has a forward of its own for it.
         paper: PFLOPs of the published fast or slow setting, and of vanilla.
         video_iterations: of the whole video.
+        attention_shape: queries, keys, heads and head size of a whole chunk's self-attention at its longest.
     """
 
     name: str
@@ -77,6 +78,9 @@ class Subject(Protocol):
     has_stock: bool
     paper: tuple[float, float]
     video_iterations: int
+
+    def to(self, device: torch.device) -> None:
+        """Move weights and prompt to another device."""
 
     def steady(self, count: int) -> slice:
         """Iterations in which all chunks of the window are being denoised, `count` of them.
@@ -96,6 +100,9 @@ class Subject(Protocol):
 
     def plan(self) -> list[Record]:
         """The exact forwards of the whole video."""
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int, int]: ...
 
 
 def engine_parts(engine: Engine) -> list[Part]:
