@@ -226,6 +226,18 @@ def kv_memory(data: Data) -> str:
     return markdown_table(header, lines) + source(data)
 
 
+def memory(data: Data) -> str:
+    """Peak memory and what an iteration asks of the host, counted without a GPU."""
+    lines = []
+    for row in data["rows"]:
+        sizes = [f"{row[f'{part}_bytes'] / 2**30:.1f}" for part in ("peak", "weights", "kv", "values", "rest")]
+        counts = [str(row[key]) for key in ("waits", "loop_waits", "kernels")]
+        lines.append([row["model"], row["mode"], *sizes, *counts, f"{row['copied_bytes'] / 1e9:.1f}"])
+    header = ["model", "mode", "peak GiB", "weights", "K/V", "cached values", "rest"]
+    header += ["waits in forwards", "in the loop", "kernels", "copied GB"]
+    return markdown_table(header, lines) + "\nCounted, not measured.\n" + source(data)
+
+
 BEST = "python -m benchmarks.table OUT OUT2 --output results/best-tiny.json"
 QUALITY = "python -m benchmarks.table OUT OUT2 --output results/quality-tiny.json"
 LONG = (
@@ -259,6 +271,7 @@ MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
     "long-video-skyreels": ("long-video-skyreels-tiny", long_video, LONG.format("skyreels_v2", "skyreels", 28)),
     "long-video-magi": ("long-video-magi-tiny", long_video, LONG.format("magi1", "magi", 24)),
     "kv-memory": ("kv-memory-tiny", kv_memory, MEMORY),
+    "memory": ("memory", memory, "python -m benchmarks.memory"),
 } | {
     f"ablation-{name}": (f"ablation-{name}-tiny", ablation, f"python -m benchmarks.table OUT [OUT2] --output …{name}…")
     for name in ABLATIONS

@@ -8,7 +8,7 @@ import pytest
 from common.runs import REPOSITORY
 
 MODULES = (
-    *("calibrate", "figures", "full_size", "match", "paper_flops"),
+    *("calibrate", "figures", "full_size", "match", "memory", "paper_flops"),
     *("sample", "score", "score_fidelity", "table", "vbench"),
 )
 TINY = "configs/skyreels_v2_tiny_slow.yaml"
@@ -53,6 +53,10 @@ BAD = {
         (["--iterations", "0"], "--iterations: 0 is outside its range"),
         (["--replay", "nowhere.json"], "give the trace.json of a run"),
         (["--device", "gpu"], "device: 'gpu' is not allowed"),
+    ],
+    "memory": [
+        (["--every", "9"], "--every: 9 is outside its range; allowed: 1 to 8"),
+        (["--models", "magi1"], "invalid choice: 'magi1'"),
     ],
 }
 
