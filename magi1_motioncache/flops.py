@@ -47,6 +47,7 @@ def forward_flops(
     caption_tokens: int,
     distilled: bool,
     context_tokens: int | None = None,
+    knows_caption: bool = False,
 ) -> Flops:
     """One forward of `tokens` tokens of a chunk.
 
@@ -57,6 +58,7 @@ def forward_flops(
         caption_tokens: tokens of the caption attended to.
         distilled: the step size is embedded too.
         context_tokens: tokens embedded and read out, when more than are computed; `tokens` by default.
+        knows_caption: its text states, keys and values are there from an earlier forward.
 
     Returns:
         Operations of the forward.
@@ -70,19 +72,20 @@ def forward_flops(
     per_token = hidden * (2 * query + 2 * kv) + 2 * query * hidden + hidden * mlp
     ends = PATCH * PATCH * (config["in_channels"] + config["out_channels"]) * hidden
     times = (SINUSOID_WIDTH * condition + condition * condition) * (2 if distilled else 1)
-    captions = config["caption_channels"] * (caption_tokens * text + condition)
+    new_text = 0 if knows_caption else caption_tokens * text
+    captions = config["caption_channels"] * (new_text + condition)
     layers = layers if tokens else 0
     gates = layers * condition * 2 * hidden
     return Flops(
         linear=2 * layers * tokens * per_token,
         self_attention=4 * layers * tokens * keys * query,
-        cross_attention=layers * (4 * tokens * caption_tokens * query + 2 * caption_tokens * text * 2 * kv),
+        cross_attention=layers * (4 * tokens * caption_tokens * query + 2 * new_text * 2 * kv),
         embedders=2 * ((tokens if context_tokens is None else context_tokens) * ends + times + captions + gates),
     )
 
 
 def trace_flops(config: Mapping[str, Any], trace: Trace, text_tokens: int, distilled: bool) -> int:
-    """Operations of what a trace records, all that is forwarded.
+    """Operations of what a trace records, all that is forwarded: each chunk's caption once, that of no text once.
 
     Args:
         config: the transformer's.
@@ -91,9 +94,11 @@ def trace_flops(config: Mapping[str, Any], trace: Trace, text_tokens: int, disti
         distilled: whether the step size is embedded.
     """
     with_text = (Pass.TEXT.value, Role.NEAR.value)
-    total = 0
+    total, known = 0, set()
     for record in trace.records:
-        caption = text_tokens if record.role == "denoise" and record.branch in with_text else NULL_TOKENS
-        flops = forward_flops(config, record.tokens, record.kv_tokens, caption, distilled, record.tokens_total)
-        total += flops.total
+        uses_text = record.role == "denoise" and record.branch in with_text
+        caption, chunk = (text_tokens, record.chunk) if uses_text else (NULL_TOKENS, None)
+        sizes = record.tokens, record.kv_tokens, caption
+        total += forward_flops(config, *sizes, distilled, record.tokens_total, chunk in known).total
+        known.add(chunk)
     return total

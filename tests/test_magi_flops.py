@@ -91,7 +91,14 @@ def test_a_trace_in_which_all_is_computed_costs_what_its_plan_does(config):
         trace.records.append(
             Record(0, 0, call.chunk, branch, call.step, role, "full", tokens, tokens, call.kv_chunks * tokens)
         )
-    whole = sum(cost(config, call, tokens).total for call in forwards_of(plan))
+    known, whole = set(), 0
+    for call in forwards_of(plan):
+        caption = call.chunk if call.uses_text else None
+        length = CAPTION if call.uses_text else NULL_TOKENS
+        keys = call.kv_chunks * tokens
+        whole += forward_flops(config, tokens, keys, length, True, knows_caption=caption in known).total
+        known.add(caption)
+    assert known == {None, *range(plan.num_chunks)}
     assert trace_flops(config, trace, CAPTION, True) == whole
     for record in trace.records:
         record.tokens = 0
