@@ -9,8 +9,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-MOST_GRAPHS = 64
-"""Graphs of one function. A process has one setting as a rule and the benchmark has many, each with its shapes."""
+from common.compiling import room_for_graphs
 
 
 class CompiledBlocks:
@@ -41,7 +40,7 @@ class CompiledBlocks:
             module._compiled_call_impl = call
         before, found = _counted(), {}
         try:
-            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+            with room_for_graphs():  # one setting has its shapes, and the benchmark has many
                 yield found
         finally:
             for module in self._calls:
