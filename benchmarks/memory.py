@@ -140,7 +140,8 @@ def row(subject: Subject, mode: Mode, counted: Counted) -> dict[str, Any]:
     Returns:
         `model`, `mode`; at the peak `peak_bytes`, and of it `weights_bytes`, `kv_bytes`, `values_bytes` (cached values
         and what decisions are made from) and `rest_bytes`; the middle iteration's `waits` inside forwards and
-        `loop_waits`, and `most_waits` of any but the first; the mean iteration's `kernels` and `copied_bytes`; and for
+        `loop_waits`, and `most_waits` of any but the first; the mean iteration's `kernels`, `moved_bytes` (of kernels
+        other than matrix products and attention) and `copied_bytes` (between host and GPU); and for
         reading: `places` and `loop_places` that wait, and the `largest_bytes` of tensors at the peak.
     """
     parts = counted.peak.parts
@@ -160,6 +161,7 @@ def row(subject: Subject, mode: Mode, counted: Counted) -> dict[str, Any]:
         "most_waits": max(i.waits for i in later),
         "loop_waits": median_high(i.loop_waits for i in later),
         "kernels": round(mean(i.kernels for i in later)),
+        "moved_bytes": round(mean(i.moved for i in later)),
         "copied_bytes": round(mean(i.copied for i in later)),
         "iterations": len(counted.iterations),
         "places": dict(counted.waits.most_common()),

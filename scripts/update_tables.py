@@ -232,9 +232,10 @@ def memory(data: Data) -> str:
     for row in data["rows"]:
         sizes = [f"{row[f'{part}_bytes'] / 2**30:.1f}" for part in ("peak", "weights", "kv", "values", "rest")]
         counts = [str(row[key]) for key in ("waits", "loop_waits", "kernels")]
-        lines.append([row["model"], row["mode"], *sizes, *counts, f"{row['copied_bytes'] / 1e9:.1f}"])
+        traffic = (f"{row['moved_bytes'] / 1e9:.0f}", f"{row['copied_bytes'] / 1e9:.1f}")
+        lines.append([row["model"], row["mode"], *sizes, *counts, *traffic])
     header = ["model", "mode", "peak GiB", "weights", "K/V", "cached values", "rest"]
-    header += ["waits in forwards", "in the loop", "kernels", "copied GB"]
+    header += ["waits in forwards", "in the loop", "kernels", "moved GB", "copied GB"]
     return markdown_table(header, lines) + "\nCounted, not measured.\n" + source(data)
 
 

@@ -157,6 +157,29 @@ def test_operations_that_return_what_they_were_given_make_nothing():
         assert (gpu.kernels, gpu.live - held) == (4, out.nbytes)
 
 
+MOVED = {
+    "added": (3, lambda x, y, rows: x + y),
+    "added in place": (3, lambda x, y, rows: x.add_(y)),
+    "repeated by strides": (2, lambda x, y, rows: x * y[:1, :1].expand(100, 64)),
+    "copied": (2, lambda x, y, rows: x.copy_(y)),
+    "picked": (0.2, lambda x, y, rows: x.index_select(0, rows)),
+    "put back": (0.2, lambda x, y, rows: x.index_copy_(0, rows, y[:10])),
+    "multiplied": (0, lambda x, y, rows: x.T @ y),
+    "viewed": (0, lambda x, y, rows: x.flatten()),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_bytes_that_kernels_read_and_write(name):
+    passes, work = MOVED[name]
+    with pretended() as gpu, torch.no_grad():
+        x, y = (torch.empty(100, 64, device=META) for _ in range(2))
+        rows = torch.arange(10, device=META)
+        before = gpu.moved
+        work(x, y, rows)
+        assert gpu.moved - before == pytest.approx(passes * x.nbytes, abs=4)
+
+
 def test_dtypes_follow_from_the_kind_of_number():
     with pretended():
         x = torch.arange(3, device=META)

@@ -22,12 +22,14 @@ class Iteration:
         waits: of the host for the GPU, inside the model's forwards.
         loop_waits: the same in the solver and the loop.
         kernels: operations that the GPU runs.
+        moved: bytes that kernels read and write, those of matrix products and attention left out.
         copied: bytes between host and GPU, both directions.
     """
 
     waits: int
     loop_waits: int
     kernels: int
+    moved: int
     copied: int
 
     def __sub__(self, other: Iteration) -> Iteration:
@@ -82,7 +84,7 @@ def count_session(subject: Subject, mode: Mode, iterations: slice = WHOLE) -> Co
     weights = [*subject.transformer.parameters(), *subject.transformer.buffers()]
     with pretended(watched.memory) as gpu:
         held = gpu.hold(weights)
-        before = Iteration(0, 0, 0, 0)
+        before = Iteration(0, 0, 0, 0, 0)
 
         def as_model(forward: Callable) -> Callable:
             def counting(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +99,7 @@ def count_session(subject: Subject, mode: Mode, iterations: slice = WHOLE) -> Co
 
         def after_iteration() -> None:
             nonlocal before
-            now = Iteration(counted.waits.total(), gpu.waits.total(), gpu.kernels, gpu.copied)
+            now = Iteration(counted.waits.total(), gpu.waits.total(), gpu.kernels, gpu.moved, gpu.copied)
             counted.iterations.append(now - before)
             before = now
 

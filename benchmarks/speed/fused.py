@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.speed.allocations import tensors_in
-from benchmarks.speed.pretended import GPU, HOST, PretendedGpu
+from benchmarks.speed.pretended import GPU, HOST, PretendedGpu, size_of
 
 IS_CUDA = torch.Tensor.is_cuda.__get__
 
@@ -59,6 +59,7 @@ class GpuFunctions(TorchFunctionMode):
         elif attn_mask.dtype == torch.bool:
             self.gpu.kernels += 1
             beside.append(torch.empty_like(attn_mask, dtype=query.dtype))
+            self.gpu.moved += size_of(attn_mask) + size_of(beside[-1])
         rows = query.transpose(1, 2)
         return rows.new_empty((*rows.shape[:-1], value.shape[-1])).transpose(1, 2)
 
@@ -67,6 +68,7 @@ class GpuFunctions(TorchFunctionMode):
         if weight is not None and weight.dtype != x.dtype:
             return torch.rms_norm(x, shape, weight, eps)
         self.gpu.kernels += 1
+        self.gpu.moved += 2 * size_of(x)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         x.new_empty((*x.shape[: x.dim() - len(shape)], 1), dtype=torch.float32)
         return out

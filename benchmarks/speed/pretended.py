@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ NO_KERNEL = {
 }
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}
 """Operations whose result Python or the host's memory management needs at once."""
+PRODUCTS = {aten.mm.default, aten.mm.dtype, aten.addmm.default, aten.bmm.default, aten.convolution.default}
+"""Operations that are bound by arithmetic as a rule, and not by memory."""
+PICKS = {aten.index_select.default, aten.index.Tensor, aten.gather.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -45,13 +49,14 @@ class PretendedGpu(Allocations):
         waits: by place in the source, how often the host would have waited for the device: values that it reads, and
             copies in either direction that are not asked to be asynchronous.
         kernels: operations on the device, views and bare allocations left out.
+        moved: bytes that kernels read and write, those of matrix products and attention left out.
         copied: bytes between host and device, both directions.
     """
 
     def __init__(self, parts: Callable[[], dict[str, int]] = dict) -> None:
         super().__init__("meta", parts)
         self.waits: Counter[str] = Counter()
-        self.kernels = self.copied = 0
+        self.kernels = self.moved = self.copied = 0
         self._shapes: dict[tuple, Any] = {}
         self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by storage on the device, the same on the host
 
@@ -95,7 +100,9 @@ class PretendedGpu(Allocations):
         result = written[0] if written else self._shaped(func, args, kwargs)
         if not written and _shares_storage(result, given):  # a view that is not declared as one
             return result
-        self.kernels += func not in NO_KERNEL
+        if func not in NO_KERNEL:
+            self.kernels += 1
+            self.moved += 0 if func in PRODUCTS else _moved(func, given, tensors_in(result))
         if self._computes(func, given, result):
             options = {name: HOST if name == "device" else _map(value, self._value) for name, value in kwargs.items()}
             real = func(*_map(args, self._value), **options)
@@ -213,6 +220,23 @@ def _targets(func: Any) -> list[tuple[int, str]]:
 def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors that an operation writes to; it returns the first."""
     return [_argument(args, kwargs, i, name, None) for i, name in _targets(func)]
+
+
+def _moved(func: Any, given: list[Tensor], made: list[Tensor]) -> int:
+    """Bytes that a kernel reads and writes."""
+    if func in PICKS:  # reads as much of its source as it makes
+        return 2 * sum(map(size_of, made))
+    if func is aten.index_copy_.default:  # leaves most of its target alone
+        return 2 * size_of(given[-1])
+    if func is aten.copy_.default:  # does not read its target
+        return sum(map(size_of, given))
+    return sum(map(size_of, given)) + sum(map(size_of, made))
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes of a tensor in memory; values that are repeated by strides are there once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return prod(sizes) * tensor.element_size()
 
 
 def _shares_storage(result: Any, given: list[Tensor]) -> bool:
