@@ -249,8 +249,9 @@ def _less(generator: Generator, trace: Trace, tokens: int) -> list[float]:
     for record in trace.records:
         kind = (record.branch, record.role, record.kv_tokens, record.tokens)
         if kind not in known:
-            fewer = dataclasses.replace(record, tokens=tokens)
-            full, rest = (generator.trace_flops(Trace(records=[r])) for r in (record, fewer))
+            # Behind a whole step, which has all that is computed once for many.
+            steps = (record, dataclasses.replace(record, tokens=tokens))
+            full, rest = (generator.trace_flops(Trace(records=[record, step])) for step in steps)
             known[kind] = full - rest
         found.append(known[kind])
     return found

@@ -288,6 +288,7 @@ def test_calibrate_complains_in_one_line(more, complaint, tmp_path, request, cap
     (tmp_path / "skyreels_v2_small_exact.yaml").write_text(
         config.read_text().replace("method: motioncache", "method: exact")
     )
+    capsys.readouterr()  # bars of what wrote the model
     code = calibrate.main([*arguments(config, tmp_path / "found.yaml", "share=0.5"), *more])
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and re.search(complaint, error), error
