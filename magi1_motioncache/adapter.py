@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from common.cache import ChunkStep, Compression, Engine, KVCache, MotionCacheConfig, Signals, Trace, Write
@@ -51,8 +50,7 @@ class CachedDenoiser(ExactDenoiser):
         self.engine = Engine(config, Trace(keep_maps=keep_maps), policy)
         # Passes that leave no trace for other chunks still attend to the keys of their own reused tokens.
         self._keeps_own = config.token_level or policy is not None
-        self._device = torch.device("cpu")
-        self._latents: Tensor | None = None
+        self._latents: Tensor | None = None  # those that were prepared last
         self._announced: dict[ChunkCall, ChunkInputs] = {}
 
     @property
@@ -73,13 +71,12 @@ class CachedDenoiser(ExactDenoiser):
 
     def prepare(self, call: ChunkCall, latents: Tensor) -> ChunkInputs:
         """What enters the block stack (see `ExactDenoiser`), once per forward."""
-        self._device = latents.device
+        self._latents = latents
         inputs = self._announced.pop(call, None)
         return super().prepare(call, latents) if inputs is None else inputs
 
     def predict(self, call: ChunkCall, latents: Tensor) -> Tensor:
         """Velocity of one chunk (see `Denoiser`)."""
-        self._latents = latents
         with self.engine.trace.timed(latents.device):
             velocity = super().predict(call, latents)
         if call.role in (Role.CLEAN, Role.PREFIX):
@@ -116,7 +113,7 @@ class CachedDenoiser(ExactDenoiser):
     def new_cache(self) -> KVCache:
         """An empty cache as the config wants it."""
         compression = Compression.of(self.engine.config, self._grid)
-        staging = self.engine.new_staging(self._device)
+        staging = self.engine.new_staging(self._latents.device)
         cache = KVCache(*self._sizes, compression=compression, line=self.engine.new_line(), staging=staging)
         self.engine.watch(cache)
         return cache

@@ -217,9 +217,9 @@ def test_bad_options_are_refused_first(arguments, message, tmp_path, capsys):
 def test_the_page_shows_where_time_goes(result):
     data, page = copy.deepcopy(result)
     assert "kernels with the most time" not in page
-    kernel = ["void gemm<a|b>" + "x" * 200, 30, 0.25]
+    kernel = ["void gemm<a|b>" + "y" * 200, 30, 0.25]
     for row in data["rows"]:
         row.update({"kernels": [kernel], "gpu_busy": 0.9, "seconds": 0.5})
     page = markdown(data)
     assert page.count("the kernels with the most time in one iteration; GPU busy 90% of it.") == 6
-    assert "| `void gemm<a\\|bx" not in page and "| `void gemm<a\\|b>xxx" in page and "| 30 | 0.25 | 50.0% |" in page
+    assert "| `void gemm<a\\|by" not in page and "| `void gemm<a\\|b>yyy" in page and "| 30 | 0.25 | 50.0% |" in page

@@ -1,6 +1,5 @@
 """Long videos: chunks from exact's history are what they are said to be, and memory is counted per length."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -14,7 +13,6 @@ from benchmarks.experiment import Experiment
 from benchmarks.histories import LONG_VIDEOS, CachesSome
 from benchmarks.subject import EXACT, family_of, load_subject
 from common.errors import UserError
-from common.runs import REPOSITORY
 
 METHODS = {
     "exact": {},
@@ -214,15 +212,6 @@ def measured():
 
     parts = [{"runs": [run(*way, prompt) for way in ways.items()]} for prompt in range(2)]
     return {**HEAD, "model": "tiny", "chunks": 4, "first_window": 2, "rows": long_video.rows_of(parts, 2)}
-
-
-@pytest.fixture(scope="module")
-def documents():
-    """The script that writes tables into documents, as a module."""
-    spec = importlib.util.spec_from_file_location("update_tables", REPOSITORY / "scripts/update_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_long_videos_in_a_document(documents, measured):

@@ -1,6 +1,5 @@
 """The counters of memory, kernels and waits, against what can be worked out by hand or measured on a CPU."""
 
-import importlib.util
 import json
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -249,15 +248,6 @@ def test_large_tensors_of_the_host_are_never_touched():
         assert gpu.copied == 3 * SMALL and gpu.waits.total() == 1 and gpu.live == 2 * SMALL
     del moved
     assert getrusage(RUSAGE_SELF).ru_maxrss - before < rows / KIB / 8  # kibibytes
-
-
-@pytest.fixture(scope="module")
-def documents():
-    """The script that writes tables into documents, as a module."""
-    spec = importlib.util.spec_from_file_location("update_tables", REPOSITORY / "scripts/update_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_rows_of_the_table():

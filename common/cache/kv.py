@@ -191,13 +191,8 @@ class KVCache:
         self._layers = [LayerKV(layer, compression, line) for layer in range(layers)]
         self._shape = heads, width
         self._frozen: set[int] = set()
-        self._whole: set[int] = set()
+        self._whole: set[int] = set()  # first tokens of the chunks that were written and not dropped
         self._first = 0  # token of the first row, until compression takes rows out
-
-    @property
-    def chunks(self) -> set[int]:
-        """First tokens of the chunks that were written and not dropped."""
-        return set(self._whole)
 
     def freeze(self, start: int) -> None:
         """The chunk that starts at token `start` is final: a later write there is a defect and raises."""
