@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import is_flash_attn_available, is_flash_attn_version
@@ -30,6 +33,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendN
         elif _suits_matrix_products(query):
             return _matrix_products(query, key, value)
     return dispatch_attention_fn(query, key, value, backend=backend)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Inside, PyTorch's own choice of an attention kernel is never cuDNN, which it prefers on recent GPUs.
+
+    cuDNN plans for every shape that it meets, which takes longer than many attentions of a shape that comes once; and a
+    stock model's mask of a whole window has more elements than it counts to.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def _suits_matrix_products(query: Tensor) -> bool:

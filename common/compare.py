@@ -108,6 +108,8 @@ def _cached(
         done.trace = handle.trace
     finally:
         generator.detach()
+    if not done.trace.records:
+        raise RuntimeError(f"{name}: the model ran without the cache; something has taken it off")
     done.trace.finish()
     totals = done.trace.totals()
     done.tokens_total = totals["tokens_total"]

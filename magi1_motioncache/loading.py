@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers.hooks import apply_group_offloading
-from torch import nn
 
 from common.checkpoints import check_complete, loading
 from common.compiling import compile_blocks
 from common.devices import Offload
+from common.offloading import offload_layers, offload_leaves
 from magi1_motioncache.convert import load_published, load_special_tokens
 from magi1_motioncache.folders import WEIGHTS, published_name, published_root, tokens_file
 from magi1_motioncache.pipeline import Magi1Pipeline
@@ -54,31 +53,13 @@ def place_pipeline(pipe: Magi1Pipeline, device: torch.device, offload: Offload =
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        _offload_layers(pipe, device)
+        offload_layers(pipe.transformer, pipe.transformer.videodit_blocks.layers, device)
+        for module in (pipe.vae, pipe.special_tokens):
+            if module is not None:
+                module.to(device)
+        if pipe.text_encoder is not None:
+            offload_leaves(pipe.text_encoder, device)
     else:
         pipe.to(device)
     if compile:
         compile_blocks(pipe.transformer)
-
-
-def _offload_layers(pipe: Magi1Pipeline, device: torch.device) -> None:
-    on, off, stream = device, torch.device("cpu"), device.type == "cuda"
-    layers = pipe.transformer.videodit_blocks.layers
-    # The sampler calls layers, not the transformer as a whole; what is not in a layer is small.
-    for module in (pipe.vae, pipe.special_tokens, *_without(pipe.transformer, layers)):
-        if module is not None:
-            module.to(device)
-    blocks = nn.ModuleDict({"layers": layers})
-    apply_group_offloading(blocks, on, off, "block_level", num_blocks_per_group=1, use_stream=stream)
-    if pipe.text_encoder is not None:
-        apply_group_offloading(pipe.text_encoder, on, off, "leaf_level", use_stream=stream)
-
-
-def _without(module: nn.Module, part: nn.Module) -> list[nn.Module]:
-    """The largest submodules of `module` that neither are nor hold `part`."""
-    found = []
-    for child in module.children():
-        if child is part:
-            continue
-        found += _without(child, part) if any(m is part for m in child.modules()) else [child]
-    return found

@@ -96,8 +96,18 @@ def apply_motioncache(
     hook = MotionCacheHook(with_polynomial(config, transformer), prefix_noise, keep_maps, policy)
     hook.schedulers = pipe.scheduler, with_host_coefficients(pipe.scheduler)
     pipe.scheduler = hook.schedulers[1]
+    offloaded, outermost = hasattr(transformer, "_hf_hook"), transformer.forward
+    if offloaded:
+        # Under accelerate's offloading, which the stock pipelines take off and put on again at the end of each call:
+        # around it, the cache would be taken off as well.
+        transformer.forward = transformer._old_forward
+    for name in ("lazy_prefetch_group_offloading", "layer_execution_tracker"):
+        # diffusers' search for the order of offloaded layers ends with taking itself out, and all hooks around it.
+        registry.remove_hook(name)
     registry.register_hook(hook, HOOK)
     hook.installed_forward = transformer.forward
+    if offloaded:
+        transformer._old_forward, transformer.forward = hook.installed_forward, outermost
     attention.install(transformer)
     _listen(pipe, hook)
     return MotionCacheHandle(hook)

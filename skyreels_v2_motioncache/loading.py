@@ -18,6 +18,7 @@ from common.checkpoints import check_complete, loading
 from common.compiling import compile_blocks
 from common.convolutions import use_onednn
 from common.devices import Offload
+from common.offloading import offload_layers, offload_leaves
 from common.settings import Kind
 from skyreels_v2_motioncache.checkpoint import WEIGHTS
 from skyreels_v2_motioncache.scheduler import OriginalSigmasUniPC
@@ -70,7 +71,9 @@ def place_pipeline(pipe: Any, device: torch.device, offload: Offload = "none", c
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
+        offload_layers(pipe.transformer, pipe.transformer.blocks, device)
+        offload_leaves(pipe.text_encoder, device)
+        pipe.vae.to(device)
     else:
         pipe.to(device)
         if device.type == "cpu":

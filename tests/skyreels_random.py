@@ -76,12 +76,12 @@ def random_pipeline(
             "ar_step": 2,
             "causal_block_size": block,
             "guidance_scale": 4.0,
+            "prompt_embeds": prompt,
+            "negative_prompt_embeds": negative,
             **options,
         }
         return pipe(
             prompt=None,
-            prompt_embeds=prompt,
-            negative_prompt_embeds=negative,
             output_type="latent",
             generator=torch.Generator().manual_seed(1),
             **settings,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+
 if TYPE_CHECKING:
     from common.cache.kv import LayerKV
 
@@ -91,7 +93,11 @@ class Staging:
         if key not in layer.waiting:
             batch, _, heads, width = layer.keys.shape
             shape, pinned = (2, batch, last - first, heads, width), self._stream is not None
-            layer.waiting[key] = torch.empty(shape, dtype=layer.keys.dtype, pin_memory=pinned)
+            try:
+                layer.waiting[key] = torch.empty(shape, dtype=layer.keys.dtype, pin_memory=pinned)
+            except torch.AcceleratorError as error:
+                advice = "use fewer pixels or frames, or state_device: model"
+                raise UserError(f"main memory does not suffice for K/V ({error}); {advice}") from error
         with self._copying():
             for there, here in zip(layer.waiting[key], (layer.keys, layer.values), strict=True):
                 there.copy_(here[:, first:last], non_blocking=True)
