@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.bench import Bench
-from benchmarks.speed.checks import checks
+from benchmarks.speed.checks import Check, checks, compiled_checks
 from benchmarks.speed.failures import first_line
 from benchmarks.speed.instruments import Clock, matmul_ceiling
 from benchmarks.speed.magi import Magi
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, command: str, now: Callable[[], float] = time.
     report = Report(output, _new_data(head, args, ceiling))
     try:
         for name in args.models:
-            _check(name, device, backend, report)
+            _check(name, lambda name=name: checks(SUBJECTS[name], device), report)
         benches: list[Bench] = []
         for name in args.models:
             with report.attempt(name, "model with random weights"):
@@ -115,14 +115,19 @@ def run(args: argparse.Namespace, command: str, now: Callable[[], float] = time.
                 report.data["models"][bench.subject.name] = bench.look()
                 benches.append(bench)
                 bench.leave()
+        compiler_is_checked = False
         for bench, row in _in_order(benches, wanted):
             if args.time_limit is not None and now() - began > args.time_limit:
                 report.data["missing"].append({"model": bench.subject.name, "mode": row.name})
                 continue
-            for other in benches:
-                if other is not bench:
-                    other.leave()
+            if row.compiled and not compiler_is_checked:
+                compiler_is_checked = True
+                for name in args.models:
+                    _check(name, lambda name=name: compiled_checks(SUBJECTS[name], device, backend), report)
             with report.attempt(bench.subject.name, row.name):
+                for other in benches:
+                    if other is not bench:
+                        other.leave()
                 report.add(bench.measure(row))
     except KeyboardInterrupt:
         raise Interrupted(f"{output} has {len(report.data['rows'])} rows") from None
@@ -144,10 +149,10 @@ def _new_data(head: dict[str, Any], args: argparse.Namespace, ceiling: float) ->
     }
 
 
-def _check(name: str, device: torch.device, backend: str | None, report: Report) -> None:
+def _check(name: str, wanted: Callable[[], Iterator[Check]], report: Report) -> None:
     """Compare what the device computes at the tiny size, and go on whatever comes out."""
     with report.attempt(name, "checks"):
-        for check in checks(SUBJECTS[name], device, backend):
+        for check in wanted():
             with report.attempt(check.model, check.name):
                 difference = check.run()
                 passed = difference <= check.tolerance

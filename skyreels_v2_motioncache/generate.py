@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import generator
+from common.attention import without_cudnn
 from common.cache import MotionCacheConfig, Trace
 from common.cache.policy import Policy
 from common.devices import synchronize
@@ -47,6 +49,7 @@ class Generator(generator.Generator):
         self.iterations = [self._count_iterations(window) for window in windows]
         self.stock = None if settings.stock == "none" else StockReference(pipe, settings, windows, self.iterations)
         self._first_frame: Tensor | None = None
+        self._cached = False
 
     @property
     def total_iterations(self) -> int:
@@ -55,11 +58,14 @@ class Generator(generator.Generator):
 
     def attach(self, config: MotionCacheConfig, keep_maps: bool, policy: Policy | None = None) -> MotionCacheHandle:
         """Put the cache into the pipeline, until `detach` (see the base class)."""
-        return apply_motioncache(self.pipe, config, self.settings.prefix_noise, keep_maps, policy)
+        handle = apply_motioncache(self.pipe, config, self.settings.prefix_noise, keep_maps, policy)
+        self._cached = True
+        return handle
 
     def detach(self) -> None:
         """Take the cache out again."""
         remove_motioncache(self.pipe)
+        self._cached = False
 
     @torch.no_grad()
     def encode(self) -> None:
@@ -85,8 +91,10 @@ class Generator(generator.Generator):
         began: list[float] = []
         ends: list[float] = []
 
-        def start_clock(*_: Any) -> None:
+        def start_clock(transformer: Any, *_: Any) -> None:
             if not began:
+                if hasattr(transformer, "_hf_hook"):
+                    transformer._hf_hook.pre_forward(transformer)  # offloaded weights come before the time begins
                 synchronize(pipe._execution_device)
                 began.append(time.perf_counter())
 
@@ -103,27 +111,28 @@ class Generator(generator.Generator):
 
         hook = pipe.transformer.register_forward_pre_hook(start_clock)
         try:
-            latents = pipe(
-                **self._inputs(),
-                prompt=None,
-                prompt_embeds=self.prompt_embeds,
-                negative_prompt_embeds=self.negative_embeds,
-                height=s.height,
-                width=s.width,
-                num_frames=s.num_frames,
-                num_inference_steps=s.steps,
-                guidance_scale=s.guidance_scale,
-                generator=torch.Generator("cpu").manual_seed(s.seed),
-                output_type="latent",
-                overlap_history=s.overlap_history,
-                addnoise_condition=s.addnoise_condition,
-                base_num_frames=s.base_num_frames,
-                ar_step=s.ar_step,
-                causal_block_size=s.causal_block_size,
-                fps=s.fps,
-                max_sequence_length=s.max_sequence_length,
-                callback_on_step_end=after_iteration,
-            ).frames
+            with nullcontext() if self._cached else without_cudnn():  # the stock forward masks its attention
+                latents = pipe(
+                    **self._inputs(),
+                    prompt=None,
+                    prompt_embeds=self.prompt_embeds,
+                    negative_prompt_embeds=self.negative_embeds,
+                    height=s.height,
+                    width=s.width,
+                    num_frames=s.num_frames,
+                    num_inference_steps=s.steps,
+                    guidance_scale=s.guidance_scale,
+                    generator=torch.Generator("cpu").manual_seed(s.seed),
+                    output_type="latent",
+                    overlap_history=s.overlap_history,
+                    addnoise_condition=s.addnoise_condition,
+                    base_num_frames=s.base_num_frames,
+                    ar_step=s.ar_step,
+                    causal_block_size=s.causal_block_size,
+                    fps=s.fps,
+                    max_sequence_length=s.max_sequence_length,
+                    callback_on_step_end=after_iteration,
+                ).frames
         finally:
             hook.remove()
         return Denoised(latents, ends)

@@ -10,7 +10,7 @@ from benchmarks import full_size
 from benchmarks.speed import checks as checks_module
 from benchmarks.speed.bench import Bench
 from benchmarks.speed.checks import Check
-from benchmarks.speed.kernels import DEFAULT
+from benchmarks.speed.kernels import DEFAULT, MASKED
 from benchmarks.speed.page import markdown
 from benchmarks.speed.skyreels import SkyReels
 
@@ -40,6 +40,7 @@ def quick(monkeypatch):
         return {**seconds, "video_seconds_scaled_from": row.iterations}
 
     monkeypatch.setattr(full_size, "checks", lambda *_: iter(()))
+    monkeypatch.setattr(full_size, "compiled_checks", lambda *_: iter(()))
     monkeypatch.setattr(Bench, "measure", measure)
     return outcomes
 
@@ -55,7 +56,7 @@ def modes(data, model):
 def test_one_call_gives_every_row(result):
     data, page = result
     paper = "paper 30 of 113 PFLOP"
-    assert modes(data, "skyreels-v2-random") == ["exact", "stock", paper, *OFFLOADED, "cached 0.5"]
+    assert modes(data, "skyreels-v2-random") == ["exact", paper, "stock", *OFFLOADED, "cached 0.5"]
     assert modes(data, "magi-1-random") == ["exact", "paper 64 of 139 PFLOP", *OFFLOADED, "cached 0.5"]
     assert data["failed"] == data["missing"] == []
     assert page.count("≈") == len(data["rows"]) + 1
@@ -69,7 +70,7 @@ def test_one_call_gives_every_row(result):
         assert row["host_reads"] == 0  # budget form and exact decide without asking the device
         # There is no CUDA device to count these on.
         assert row["syncs"] is row["launches"] is row["peak_gib"] is row["gpu_busy"] is None and row["kernels"] == []
-        assert row["attention"] == DEFAULT and row.get("fits") is None
+        assert row["attention"] == (MASKED if mode == "stock" else DEFAULT) and row.get("fits") is None
         assert {"embedding", "head"} <= set(row["components"]) and row["warmup_seconds"] > 0
         assert ("policy" in row["components"]) == (mode != "stock")
 
@@ -183,7 +184,7 @@ def test_no_row_begins_after_the_time_limit(quick, tmp_path):
     data, page = json.loads(output.read_text()), output.with_suffix(".md").read_text()
     # The first row is asked for at 10 s. What tells most comes first, of both models.
     begun = [(row["model"].partition("-")[0], row["mode"]) for row in data["rows"]]
-    assert begun == [("skyreels", m) for m in ("exact", "stock", "paper 30 of 113 PFLOP")] + [("magi", "exact")]
+    assert begun == [("skyreels", m) for m in ("exact", "paper 30 of 113 PFLOP", "stock")] + [("magi", "exact")]
     missing = [(row["model"].partition("-")[0], row["mode"]) for row in data["missing"]]
     assert missing[:3] == [
         ("magi", "paper 64 of 139 PFLOP"),
@@ -197,8 +198,8 @@ def test_an_interrupted_run_says_what_it_has(quick, tmp_path, capsys):
     quick["stock"] = KeyboardInterrupt()
     output = tmp_path / "cut.json"
     assert run("--output", output) == 130
-    assert f"interrupted: {output} has 1 rows" in capsys.readouterr().err
-    assert len(json.loads(output.read_text())["rows"]) == 1
+    assert f"interrupted: {output} has 2 rows" in capsys.readouterr().err
+    assert len(json.loads(output.read_text())["rows"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,12 @@ class Check:
         return difference if difference < torch.inf else torch.inf
 
 
-def checks(make: Make, device: torch.device, backend: str | None) -> Iterator[Check]:
+def checks(make: Make, device: torch.device) -> Iterator[Check]:
     """Of one model with random weights, the same on both devices.
 
     Args:
         make: the model's `Subject`.
         device: to be checked.
-        backend: of `torch.compile`; None leaves compiled blocks out.
     """
     subject = make("tiny", CPU, torch.float32)
     cached = Mode("cached", subject.cached.replace(budget=BUDGET))
@@ -73,19 +72,22 @@ def checks(make: Make, device: torch.device, backend: str | None) -> Iterator[Ch
     else:
         yield Check(subject.name, "exact against the CPU, float32", OTHER_DEVICE, lambda: against_cpu(EXACT))
     yield Check(subject.name, "cached against the CPU, float32", OTHER_DEVICE, lambda: against_cpu(cached))
-    if backend is not None:
-        in_half = make("tiny", device, torch.bfloat16)
-        blocks = CompiledBlocks(in_half.transformer, backend)
-        few = in_half.steady(COMPILED_ITERATIONS)
-        try:
-            yield Check(
-                subject.name,
-                "exact compiled against eager, bfloat16",
-                COMPILED,
-                lambda: (_video(in_half, EXACT, device, few, blocks), _video(in_half, EXACT, device, few)),
-            )
-        finally:
-            torch._dynamo.reset()  # a function's graphs are limited in number, and blocks of other sizes need theirs
+
+
+def compiled_checks(make: Make, device: torch.device, backend: str) -> Iterator[Check]:
+    """The same of compiled blocks, by a backend of `torch.compile`."""
+    subject = make("tiny", device, torch.bfloat16)
+    blocks = CompiledBlocks(subject.transformer, backend)
+    few = subject.steady(COMPILED_ITERATIONS)
+    try:
+        yield Check(
+            subject.name,
+            "exact compiled against eager, bfloat16",
+            COMPILED,
+            lambda: (_video(subject, EXACT, device, few, blocks), _video(subject, EXACT, device, few)),
+        )
+    finally:
+        torch._dynamo.reset()  # a function's graphs are limited in number, and blocks of other sizes need theirs
 
 
 def _video(

@@ -13,10 +13,12 @@ from diffusers.utils import is_flash_attn_available
 
 from benchmarks.speed.failures import first_line
 from benchmarks.speed.instruments import Clock, best_rate
-from common.attention import attend
+from common.attention import attend, without_cudnn
 
 DEFAULT = "default"
 """What `common.attention.attend` takes by itself: flash-attn where it is installed, else PyTorch's own choice."""
+MASKED = "default without cuDNN"
+"""What stock runs with, as a run's stock stage does: PyTorch's choice among kernels that take its mask."""
 ON_GPU = (DEFAULT, "_native_flash", "_native_cudnn")
 """Kernels to choose from, by their names in diffusers."""
 GAIN = 1.05
@@ -82,6 +84,8 @@ def fastest(rates: list[Rate]) -> str:
 
 def using(name: str) -> AbstractContextManager[None]:
     """Inside, attention runs with the kernel of that name."""
+    if name == MASKED:
+        return without_cudnn()
     return nullcontext() if name == DEFAULT else attention_backend(AttentionBackendName(name))
 
 

@@ -111,7 +111,7 @@ class Profiler:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             self._profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+            events = json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
         return [event for event in events if event.get("ph") == "X" and "cat" in event]
 
 

@@ -65,10 +65,9 @@ def stages(subject: Subject, wanted: Wanted) -> list[list[Row]]:
     """
     exact = Mode("exact", MotionCacheConfig(method="exact"))
     paper = _paper(subject, subject.cached)
-    eager = [Row(exact, wanted.iterations)]
+    eager = [Row(exact, wanted.iterations), Row(paper, wanted.iterations)]
     if wanted.stock and subject.has_stock:
         eager.append(Row(Mode("stock", None), STOCK_ITERATIONS))
-    eager.append(Row(paper, wanted.iterations))
     if wanted.schedule is not None:
         name, schedule = wanted.schedule
         eager.append(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from common.attention import without_cudnn
 from common.cache.config import MotionCacheConfig
 from common.cache.distance import log_snr
 from common.cache.kv_line import KeyValueLine
@@ -180,7 +182,9 @@ class Engine:
         else:
             outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self.time(step), x.device)
             if choice.tokens is not None:
-                outputs.index_copy_(1, choice.tokens, blocks(_rows(x, choice.tokens), choice.tokens))
+                with without_cudnn() if self._counts_vary else nullcontext():
+                    computed = blocks(_rows(x, choice.tokens), choice.tokens)
+                outputs.index_copy_(1, choice.tokens, computed)
         self._current = (step, state, signals, choice, role, outputs)
         self._record(step, choice, role, weights)
         return outputs
@@ -258,6 +262,11 @@ class Engine:
         return step.dt
 
     @property
+    def _counts_vary(self) -> bool:
+        """Whether nearly every selection has a size of its own."""
+        return self.config.budget is None and self.config.selection == "threshold"
+
+    @property
     def _order(self) -> int:
         return 0 if self.config.extrapolation == "hold" else 1
 
@@ -272,8 +281,9 @@ def _rows(x: Tensor, tokens: Tensor | None) -> Tensor:
 
 
 def _maps(record: Record, step: ChunkStep, weights: Tensor | None, tokens: Tensor | None) -> StepMaps:
-    computed = torch.full((step.tokens,), record.decision == "full")
+    device = None if tokens is None else tokens.device
+    computed = torch.full((step.tokens,), record.decision == "full", device=device)
     if tokens is not None:
-        computed[tokens.cpu()] = True
-    w = torch.ones(step.tokens) if weights is None else weights.float().cpu()
+        computed.index_fill_(0, tokens, True)
+    w = torch.ones(step.tokens) if weights is None else weights.to(torch.float32, copy=True)
     return StepMaps(record, w.view(step.grid), computed.view(step.grid))

@@ -45,7 +45,10 @@ class Record:
 
 @dataclass
 class StepMaps:
-    """For pictures: a token's weight and whether it was computed, `[frames, rows, columns]` each, on the CPU."""
+    """For pictures: a token's weight and whether it was computed, `[frames, rows, columns]` each.
+
+    On the model's device until `Trace.finish`: bringing them over would make the host wait at every step.
+    """
 
     record: Record
     weights: Tensor
@@ -57,7 +60,7 @@ class Trace:
     """All records of one video.
 
     Args:
-        keep_maps: also keep `StepMaps` of every denoising record; costs memory and a copy to the CPU per step.
+        keep_maps: also keep `StepMaps` of every denoising record; five bytes per token.
 
     Attributes:
         peak_bytes: the most that was held at any time, in bytes, of each kind (see `Engine.memory`) and in `total`.
@@ -75,9 +78,9 @@ class Trace:
         first = len(self.records)
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            start.record(torch.cuda.current_stream(device))
             yield
-            end.record()
+            end.record(torch.cuda.current_stream(device))
             self._pending += [(record, start, end) for record in self.records[first:]]
         else:
             began = time.perf_counter()
@@ -86,11 +89,13 @@ class Trace:
                 record.seconds = time.perf_counter() - began
 
     def finish(self) -> None:
-        """Fill in the times measured on a device."""
+        """Fill in the times measured on a device, and bring the maps to the CPU."""
         for record, start, end in self._pending:
             end.synchronize()
             record.seconds = start.elapsed_time(end) / 1000
         self._pending.clear()
+        for maps in self.maps:
+            maps.weights, maps.computed = maps.weights.cpu(), maps.computed.cpu()
 
     def note_memory(self, held: dict[str, int]) -> None:
         """Raise the peaks to what is held now, in bytes by kind."""
