@@ -82,6 +82,8 @@ class LayerKV:
             rows = seen[:, -write.length :]
             if tokens is None:
                 rows.copy_(new)
+            elif torch.compiler.is_compiling():  # of the other form PyTorch's compiler makes a copy of all rows and back
+                seen[:, tokens + (seen.shape[1] - write.length)] = new
             else:
                 rows.index_copy_(1, tokens, new)
         return self.seen
