@@ -61,7 +61,7 @@ class ImitatedGpu(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.main = self.current = Stream(self)
+        self.main = self.current = Stream()
         self._late: list[_Copy] = []  # asynchronous ones that nobody waited for so far
         self._lent: list[_Copy] = []  # those that read from the host's memory meanwhile
 
@@ -182,12 +182,11 @@ class ImitatedGpu(TorchFunctionMode):
 class Stream:
     """Work that is done in the order in which it is given; copies on a stream of their own as late as may be."""
 
-    def __init__(self, gpu: ImitatedGpu) -> None:
-        self._gpu = gpu
+    def __init__(self, device: Any = None) -> None:
         self.device = GPU
 
     def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event(self._gpu)
+        event = event or Event()
         event.record(self)
         return event
 
@@ -196,27 +195,26 @@ class Stream:
 
     def wait_stream(self, stream: Stream) -> None:
         if stream is not self:
-            self._gpu.reach(stream, everywhere=False)
+            ImitatedGpu.at_work.reach(stream, everywhere=False)
 
     def synchronize(self) -> None:
-        self._gpu.reach(self)
+        ImitatedGpu.at_work.reach(self)
 
 
 class Event:
     """A moment in a stream; never passed before it is waited for."""
 
-    def __init__(self, gpu: ImitatedGpu, enable_timing: bool = False) -> None:
-        self._gpu = gpu
+    def __init__(self, enable_timing: bool = False) -> None:
         self.stream: Stream | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        self.stream = stream or self._gpu.current
+        self.stream = stream or ImitatedGpu.at_work.current
 
     def query(self) -> bool:
         return False
 
     def synchronize(self) -> None:
-        self._gpu.reach(self.stream)
+        ImitatedGpu.at_work.reach(self.stream)
 
     def elapsed_time(self, end: Event) -> float:
         assert self.stream is end.stream is not None
@@ -260,8 +258,8 @@ def imitated_gpu() -> Iterator[ImitatedGpu]:
         "current_stream": lambda device=None: gpu.current,
         "default_stream": lambda device=None: gpu.main,
         "stream": on,
-        "Event": lambda enable_timing=False: Event(gpu, enable_timing),
-        "Stream": lambda device=None: Stream(gpu),
+        "Event": Event,
+        "Stream": Stream,
     }
     idle = ("_lazy_init", "set_device", "empty_cache", "reset_peak_memory_stats", "set_per_process_memory_fraction")
     replaced |= {name: lambda *args: None for name in (*idle, "ipc_collect")}

@@ -37,6 +37,15 @@ def test_the_librarys_own_solver_waits_for_every_frame():
 
 
 @pytest.mark.parametrize("model", READ_ONCE)
+def test_a_table_decides_on_the_host(model):
+    subject, iterations = memory.load(model, "tiny", EVERY)
+    table = {"distance": "table", "distance_table": (0.0, 1.0), "threshold": 0.7, "warmup_steps": 1}
+    whole = Mode("table", subject.cached.replace(budget=None, alpha=1.0, **table))
+    found = count_session(subject, whole, iterations)
+    assert sum(i.waits for i in found.iterations) <= READ_ONCE[model], found.waits
+
+
+@pytest.mark.parametrize("model", READ_ONCE)
 def test_thresholds_need_the_gpus_values(model):
     subject, iterations = memory.load(model, "tiny", EVERY)
     threshold = Mode("threshold", subject.cached.replace(threshold=0.1))
