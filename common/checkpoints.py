@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import nn
 
 from common.errors import UserError
 from common.runs import REPOSITORY
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 def local_folder(model: str) -> Path | None:
@@ -32,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("not a mapping")
         return content
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint file {str(path)!r} is missing; give a folder in the diffusers layout") from error
+        raise UserError(f"checkpoint file {str(path)!r} is missing; fetch it again") from error
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint file {str(path)!r} cannot be read: it is damaged; fetch it again") from error
 
@@ -43,6 +46,8 @@ def read_index(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
     Raises:
         UserError: names the first part that is missing.
     """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"checkpoint {str(folder)!r} has no model_index.json; give a folder in the diffusers layout")
     index = read_json(folder / "model_index.json")
     for name in parts:
         if name not in index or not (folder / name).is_dir():
@@ -76,41 +81,61 @@ def value_of(path: Path, *keys: str) -> Any:
     return value
 
 
-def check_weights(folder: Path, packed: str = "") -> None:
-    """Compare the length of one part's safetensors files with what their headers promise.
+def check_weights(folder: Path, packed: str = "", pickled: bool = False) -> None:
+    """Check that one part's files are all there, and as long as they promise to be.
 
     Args:
         folder: of the part.
         packed: suffix of compressed files that may stand in for plain ones, and are only looked for.
+        pickled: whether PyTorch's own files, `pytorch_model*.bin`, will do where there are no safetensors.
 
     Raises:
         UserError: a file is missing or truncated.
     """
-    names = {file.name.removesuffix(packed) for end in ("", packed) for file in folder.glob(f"*.safetensors{end}")}
-    for index in folder.glob("*.safetensors.index.json"):
-        names = set(value_of(index, "weight_map").values())
-    if not names:
+    names = _weight_files(folder, "*.safetensors", packed)
+    pickles = _weight_files(folder, "pytorch_model*.bin") if pickled and not names else []
+    if not names and not pickles:
         raise UserError(f"checkpoint {str(folder.parent)!r} has no weights: no *.safetensors in {folder.name!r}")
-    for name in sorted(names):
+    for name in names:
         if not (packed and (folder / (name + packed)).is_file()):
             _header(folder / name)
+    for name in pickles:
+        _check_pickle(folder / name)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a tokenizer's words are there: transformers makes one without words where their file is missing.
+
+    Raises:
+        UserError: neither of the files that may hold them is there.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"tokenizer {str(folder)!r} has no {' or '.join(TOKENIZER_FILES)}; fetch it again")
 
 
 def check_complete(model: nn.Module, folder: Path) -> None:
-    """Check that the files of a part held every tensor of the model that was loaded from them.
+    """Check that the files of a part held every tensor of the model that was loaded from them, and no more layers.
 
-    The libraries leave a tensor that no file has empty, or random, and tell it to a log.
+    The libraries leave a tensor that no file has empty, or random, leave out those that the model lacks, and tell it to
+    a log.
 
     Args:
         model: as loaded, on the CPU.
         folder: of the part, as `check_weights` accepts.
 
     Raises:
-        UserError: names a tensor that the files lack.
+        UserError: names a tensor that the files lack, or the model.
     """
     stored = {name for file in folder.glob("*.safetensors") for name in _header(file)}
     tensors = model.state_dict()
     places = {tensor.data_ptr() for name, tensor in tensors.items() if name in stored}
+    parts = {name.partition(".")[0] for name in tensors}
+    for name in sorted(stored - tensors.keys()):
+        if name.partition(".")[0] in parts:  # others belong to a larger model, such as a text encoder's decoder
+            raise UserError(
+                f"checkpoint {str(folder.parent)!r} does not fit its configuration: {folder.name!r} has {name!r}, for "
+                "which the configured model has no place; fetch it again"
+            )
     for name, tensor in tensors.items():
         tied = not tensor.is_meta and tensor.data_ptr() in places  # stored once, under another name
         if name not in stored and not tied:
@@ -136,6 +161,27 @@ def loading(folder: Path) -> Iterator[None]:
         raise UserError(
             f"checkpoint {str(folder)!r} cannot be loaded ({type(error).__name__}: {reason}); fetch it again"
         ) from error
+
+
+def _weight_files(folder: Path, pattern: str, packed: str = "") -> list[str]:
+    """Names of a part's weight files, those of an index where there is one."""
+    names = {file.name.removesuffix(packed) for end in ("", packed) for file in folder.glob(pattern + end)}
+    for index in folder.glob(pattern + ".index.json"):
+        names = set(value_of(index, "weight_map").values())
+    return sorted(names)
+
+
+def _check_pickle(file: Path) -> None:
+    """A `UserError` unless a file of `torch.save` is whole: a zip archive has its contents listed at its end."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(1)
+    except OSError as error:
+        raise UserError(f"checkpoint file {str(file)!r} cannot be read: {error.strerror}; fetch it again") from error
+    older = start == b"\x80"  # before PyTorch 1.6 it was a bare pickle, whose length nothing tells
+    if not older and not zipfile.is_zipfile(file):
+        size = file.stat().st_size
+        raise UserError(f"checkpoint file {str(file)!r} is truncated: {size} bytes, no archive; fetch it again")
 
 
 def _header(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from common.errors import UserError
 from common.files import atomic_path
@@ -20,14 +20,14 @@ MIN_PANE_HEIGHT = 320
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """An RGB image.
+    """An RGB image, turned as its EXIF data say.
 
     Raises:
         UserError: the file is missing or is not an image.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise UserError(f"image {str(path)!r} is not an image that can be read; give a PNG or JPEG file") from error
     except OSError as error:
@@ -35,16 +35,20 @@ def read_image(path: Path | str) -> Image.Image:
         raise UserError(f"image {str(path)!r} cannot be read: {reason}; give a PNG or JPEG file") from error
 
 
-def read_video(path: Path | str) -> np.ndarray:
+def read_video(path: Path | str, fps: float | None = None) -> np.ndarray:
     """A video's frames, `[frames, height, width, 3]` uint8 RGB.
+
+    Args:
+        fps: frames per second to take: frames are repeated or left out by their time stamps, so that what moves keeps
+            its speed. With None, or in a file without time stamps, all frames as they are.
 
     Raises:
         UserError: the file is missing or holds no frame that can be decoded.
     """
     if not Path(path).is_file():
         raise UserError(f"video {str(path)!r} does not exist; give an MP4 file")
-    capture = cv2.VideoCapture(str(path))
-    frames = []
+    capture = cv2.VideoCapture(_url(Path(path)))
+    frames, times = [], []
     # FFmpeg takes any text file for a drawing in terminal characters.
     is_text = int(capture.get(cv2.CAP_PROP_FOURCC)) == cv2.VideoWriter.fourcc(*"ansi")
     try:
@@ -53,11 +57,33 @@ def read_video(path: Path | str) -> np.ndarray:
             if not ok:
                 break
             frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+            times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
     finally:
         capture.release()
     if not frames:
         raise UserError(f"video {str(path)!r} holds no frame that can be decoded; give an MP4 file")
-    return np.stack(frames)
+    kept = range(len(frames)) if fps is None else shown_frames(np.array(times), fps)
+    return np.stack([frames[i] for i in kept])
+
+
+def shown_frames(times: np.ndarray, fps: float) -> np.ndarray:
+    """Which of a video's frames to show at each of the instants 0, 1 / fps, 2 / fps and so on, as long as it lasts.
+
+    Args:
+        times: `[frames]`, when each frame begins, in seconds.
+        fps: instants per second. A frame belongs to the nearest one and is shown until the next frame's, as with
+            FFmpeg's filter `fps`.
+
+    Returns:
+        `[instants]`, places in `times`; every frame once where `times` do not rise.
+    """
+    since_first = times - times[0]
+    if not np.all(np.diff(since_first) > 0):
+        return np.arange(len(times))
+    last = np.median(np.diff(since_first)) if len(times) > 1 else 1 / fps  # how long the last frame is shown
+    instants = np.floor(since_first * fps + 0.5)
+    count = max(1, int((since_first[-1] + last) * fps + 0.5))
+    return np.searchsorted(instants, np.arange(count), side="right") - 1
 
 
 def resize_and_crop(frame: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -111,8 +137,13 @@ def _encode(path: Path, frames: np.ndarray, fps: int, codec: str, pixels: str, o
     height, width = frames.shape[1:3]
     source = ["-f", "rawvideo", "-vcodec", "rawvideo", "-s", f"{width}x{height}", "-pix_fmt", "rgb24", "-r", str(fps)]
     with atomic_path(path) as partial:
-        encoder = ["-an", "-vcodec", codec, "-pix_fmt", pixels, *options, str(partial)]
+        encoder = ["-an", "-vcodec", codec, "-pix_fmt", pixels, *options, _url(partial)]
         _ffmpeg([*source, "-i", "-", *encoder], np.ascontiguousarray(frames).data.cast("B"))
+
+
+def _url(path: Path) -> str:
+    """A path as FFmpeg takes it whatever is in its name: of `12:30/video.mp4` it would take `12` for a protocol."""
+    return str(path.absolute())
 
 
 def _ffmpeg(arguments: Sequence[str], data: bytes | memoryview = b"") -> None:
@@ -125,7 +156,8 @@ def _ffmpeg(arguments: Sequence[str], data: bytes | memoryview = b"") -> None:
     # In a session of its own Ctrl-C does not reach it: a part that is being written becomes whole.
     done = subprocess.run(command, input=data, stderr=subprocess.PIPE, start_new_session=True)
     if done.returncode != 0:
-        raise OSError(f"ffmpeg failed: {done.stderr.decode(errors='replace').strip()}")
+        reason = done.stderr.decode(errors="replace").strip() or f"it ended with code {done.returncode}"
+        raise OSError(f"ffmpeg failed: {reason}")
 
 
 class GrowingVideo:
@@ -169,7 +201,7 @@ def _join(parts: Sequence[Path], path: Path) -> None:
     """Put MP4 files of the same encoder settings behind each other."""
     listing = parts[0].with_name("parts.txt")
     listing.write_text("".join(f"file '{part.name}'\n" for part in parts), encoding="utf-8")
-    _ffmpeg(["-f", "concat", "-i", str(listing), "-c", "copy", "-movflags", "+faststart", str(path)])
+    _ffmpeg(["-f", "concat", "-i", _url(listing), "-c", "copy", "-movflags", "+faststart", _url(path)])
 
 
 def side_by_side(videos: Sequence[np.ndarray], labels: Sequence[Sequence[str]]) -> np.ndarray:

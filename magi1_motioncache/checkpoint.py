@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.checkpoints import value_of
 from common.errors import UserError
+from common.precision import to_mixed_precision
 from magi1_motioncache.fp8 import dequantise
 from magi1_motioncache.presets import Variant
 from magi1_motioncache.transformer import Magi1Transformer3DModel
@@ -20,6 +21,7 @@ from magi1_motioncache.transformer import Magi1Transformer3DModel
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COMPRESSED = ".zst"
+FAULTS_NAMED = 5
 
 
 def weights_folder(path: Path, variant: Variant) -> Path:
@@ -77,7 +79,7 @@ def load_transformer(path: Path, variant: Variant, dtype: torch.dtype = torch.bf
     tensors = dequantise(read_tensors(weights_folder(Path(path), variant)), dtype)
     check_tensors(model, tensors, str(path))
     model.load_state_dict(tensors, assign=True)
-    return model.to_mixed_precision(dtype).requires_grad_(False).eval()
+    return to_mixed_precision(model, dtype).requires_grad_(False).eval()
 
 
 def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -89,7 +91,7 @@ def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) 
         source: named in the error.
 
     Raises:
-        UserError: names each tensor that is missing, surplus or mis-shaped.
+        UserError: names the first tensors that are missing, surplus or mis-shaped.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors]
@@ -100,7 +102,9 @@ def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) 
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     if faults:
-        raise UserError(f"{source} does not fit the model: {'; '.join(faults)}; check the variant and the download")
+        more = f"; and {len(faults) - FAULTS_NAMED} more" if len(faults) > FAULTS_NAMED else ""
+        named = "; ".join(faults[:FAULTS_NAMED]) + more
+        raise UserError(f"{source} does not fit the model: {named}; check the variant and the download")
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

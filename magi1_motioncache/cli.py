@@ -49,7 +49,7 @@ def build_parser() -> Parser:
     groups = add_run_options(
         parser,
         frames="in whole chunks",
-        model="folder that magi1_motioncache.convert wrote, or ckpt/magi/<variant>",
+        model="folder that magi1_motioncache.convert wrote, or ckpt/magi/<variant>; its name chooses the --config",
         without="no exact, no quality",
     )
     groups.what.add_argument("--mode", metavar="MODE", help="t2v, i2v or v2v (default: by --image and --video)")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
+from common.checks import check_range
 from common.errors import UserError
 
 SHORTCUT_STEPS = 12  # the one step count with its own, uneven schedule
@@ -26,7 +29,8 @@ class SamplingConfig:
             `noise2clean_kvrange`.
         clean_t: time at which finished and prefix chunks are run.
         cfg_number: 1 for one pass (distilled models), 3 for three-way guidance (base models).
-        cfg_t_range: lower ends of the time ranges that `prev_chunk_scales` and `text_scales` belong to.
+        cfg_t_range: lower ends of the time ranges that `prev_chunk_scales` and `text_scales` belong to; 0 is noise, 1
+            clean.
         prev_chunk_scales: guidance scale of the earlier chunks per range.
         text_scales: guidance scale of the text per range.
         distill: feed the step size to the model.
@@ -123,6 +127,7 @@ class SamplingConfig:
             )
         if self.clean_chunk_kvrange < 1 and self.clean_chunk_kvrange != -1:
             raise UserError(f"clean_chunk_kvrange {self.clean_chunk_kvrange} is neither -1 nor at least 1")
+        check_range("clean_t", self.clean_t, 0, 1)
 
     def _check_guidance(self) -> None:
         if self.cfg_number not in (1, 3):
@@ -130,5 +135,12 @@ class SamplingConfig:
         lengths = {len(self.cfg_t_range), len(self.prev_chunk_scales), len(self.text_scales)}
         if len(lengths) != 1 or not self.cfg_t_range:
             raise UserError("cfg_t_range, prev_chunk_scales and text_scales must have the same number of entries")
-        if self.cfg_t_range[0] != 0 or list(self.cfg_t_range) != sorted(self.cfg_t_range):
-            raise UserError(f"cfg_t_range {list(self.cfg_t_range)} must start at 0 and rise")
+        rises = all(low <= high for low, high in pairwise((*self.cfg_t_range, 1)))
+        if self.cfg_t_range[0] != 0 or not rises:
+            raise UserError(f"cfg_t_range {list(self.cfg_t_range)} must start at 0 and rise, to 1 at most")
+        for name in ("prev_chunk_scales", "text_scales"):
+            if not all(map(math.isfinite, getattr(self, name))):
+                raise UserError(f"{name} {list(getattr(self, name))} must be finite numbers")
+        if not math.isfinite(self.nearly_clean_threshold):
+            raise UserError(f"nearly_clean_threshold {self.nearly_clean_threshold} must be a finite number")
+        check_range("nearly_clean_scale", self.nearly_clean_scale, 0, 1)

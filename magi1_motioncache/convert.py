@@ -17,19 +17,15 @@ import torch
 from transformers import AutoTokenizer, T5EncoderModel
 
 from common.checkpoints import check_complete, loading
-from common.cli import Parser, run_command
+from common.cli import Interrupted, Parser, run_command
 from common.errors import UserError
 from common.files import make_output_folder
 from magi1_motioncache.checkpoint import load_transformer
+from magi1_motioncache.folders import AUTOENCODER, TEXT_ENCODER, TRANSFORMERS, inspect_published, tokens_file
 from magi1_motioncache.pipeline import Magi1Pipeline
 from magi1_motioncache.presets import VARIANTS, Variant, variant
 from magi1_motioncache.special_tokens import SpecialTokens
 from magi1_motioncache.vae import AutoencoderViTMagi1
-
-TRANSFORMERS = "magi"
-AUTOENCODER = "vae"
-TEXT_ENCODER = "t5/t5-v1_1-xxl"
-TOKENS_FILE = "special_tokens.npz"
 
 
 def load_special_tokens(path: Path) -> SpecialTokens:
@@ -55,33 +51,33 @@ def load_special_tokens(path: Path) -> SpecialTokens:
 def load_published(
     root: Path, of: Variant, name: str, special_tokens: Path | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Magi1Pipeline:
-    """A pipeline from the folders as they are published.
+    """A pipeline from the folders as they are published. Text encoder and autoencoder are in float32.
 
     Args:
         root: the folder `ckpt`, holding `magi/<name>/`, `vae/` and `t5/t5-v1_1-xxl/`.
         of: the variant.
         name: its folder's name.
-        special_tokens: `special_tokens.npz`; by default the one in `root`. Without any, captions get no such tokens.
+        special_tokens: `special_tokens.npz`; without it captions get no such tokens.
         dtype: of the transformer.
 
     Raises:
-        UserError: a folder is missing, or a checkpoint does not fit.
+        UserError: a file is missing or cut off, or a checkpoint does not fit; told before anything large is loaded
+            where the files' sizes tell it.
     """
-    for part in (f"{TRANSFORMERS}/{name}", AUTOENCODER, TEXT_ENCODER):
-        if not (root / part).is_dir():
-            raise UserError(f"{root / part} is missing; give the folder that holds magi, vae and t5")
-    if special_tokens is None and (root / TOKENS_FILE).is_file():
-        special_tokens = root / TOKENS_FILE
+    inspect_published(root, of, name)
     tokens = None if special_tokens is None else load_special_tokens(special_tokens)
+    # First of the large ones: of compressed shards nothing is known before they are read.
+    transformer = load_transformer(root / TRANSFORMERS / name, of, dtype)
     with loading(root / AUTOENCODER):
-        vae = AutoencoderViTMagi1.from_pretrained(root / AUTOENCODER)
+        vae = AutoencoderViTMagi1.from_pretrained(root / AUTOENCODER, dtype=torch.float32)
     check_complete(vae, root / AUTOENCODER)
     with loading(root / TEXT_ENCODER):
         tokenizer = AutoTokenizer.from_pretrained(root / TEXT_ENCODER)
-        text_encoder, found = T5EncoderModel.from_pretrained(root / TEXT_ENCODER, output_loading_info=True)
+        text_encoder, found = T5EncoderModel.from_pretrained(
+            root / TEXT_ENCODER, dtype=torch.float32, output_loading_info=True
+        )
     if found["missing_keys"]:  # filled with random numbers
         raise UserError(f"{root / TEXT_ENCODER} lacks {min(found['missing_keys'])}, among others; fetch it again")
-    transformer = load_transformer(root / TRANSFORMERS / name, of, dtype)
     return Magi1Pipeline(tokenizer, text_encoder, transformer, vae, tokens, of.sampling.to_dict())
 
 
@@ -100,8 +96,25 @@ def _run(argv: Sequence[str] | None) -> None:
     )
     args = parser.parse_args(argv)
     of = variant(args.variant)
-    make_output_folder(args.output)
-    load_published(args.root, of, args.variant, args.special_tokens).save_pretrained(args.output)
+    tokens = tokens_file(args.root / TRANSFORMERS / args.variant, args.special_tokens)
+    is_new = not args.output.exists()
+    make_output_folder(args.output, "DIR")
+    try:
+        _write(load_published(args.root, of, args.variant, tokens), args.output)
+    finally:
+        if is_new and not any(args.output.iterdir()):
+            args.output.rmdir()
+
+
+def _write(pipe: Magi1Pipeline, folder: Path) -> None:
+    """Write a pipeline; a folder that does not become whole is named."""
+    incomplete = f"{str(folder)!r} is incomplete: convert again, or delete it"
+    try:
+        pipe.save_pretrained(folder)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(incomplete) from interrupt
+    except Exception as error:  # what the writers of four libraries make of a full disk
+        raise UserError(f"the pipeline cannot be written ({type(error).__name__}: {error}); {incomplete}") from error
 
 
 if __name__ == "__main__":

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common.checkpoints import check_class, check_weights, local_folder, read_index, read_json, value_of
+from common.checkpoints import (
+    check_class,
+    check_tokenizer,
+    check_weights,
+    local_folder,
+    read_index,
+    read_json,
+    value_of,
+)
 from common.errors import UserError
-from magi1_motioncache.checkpoint import COMPRESSED
+from magi1_motioncache.checkpoint import COMPRESSED, weights_folder
 from magi1_motioncache.config import SamplingConfig
-from magi1_motioncache.convert import AUTOENCODER, TEXT_ENCODER, TOKENS_FILE
-from magi1_motioncache.presets import VARIANTS
+from magi1_motioncache.presets import VARIANTS, Variant
 
 TRANSFORMER = "Magi1Transformer3DModel"
 AUTOENCODERS = ("AutoencoderViTMagi1", "ViTVAE")
 WEIGHTS = ("transformer", "vae", "text_encoder")
 FOLDERS = (*WEIGHTS, "tokenizer")
+# As the models are published.
+TRANSFORMERS = "magi"
+AUTOENCODER = "vae"
+TEXT_ENCODER = "t5/t5-v1_1-xxl"
+TOKENS_FILE = "special_tokens.npz"
+WANTED = (
+    "one that python -m magi1_motioncache.convert wrote, or a published variant's folder such as "
+    f"ckpt/{TRANSFORMERS}/4.5B_distill (see docs/magi1.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -26,11 +44,13 @@ class Architecture:
         spatial_factor: pixels per latent pixel.
         sampling: options of the checkpoint.
         has_tokens: whether it holds special tokens, or their file lies beside it.
+        variant: the published model that it is, told by its sizes; None for any other.
     """
 
     spatial_factor: int
     sampling: SamplingConfig
     has_tokens: bool
+    variant: str | None = None
 
 
 def find_checkpoint(model: str) -> Path:
@@ -41,25 +61,22 @@ def find_checkpoint(model: str) -> Path:
     """
     folder = local_folder(model)
     if folder is None:
-        raise UserError(
-            f"model {model!r} is not a folder; give one that python -m magi1_motioncache.convert wrote, or a published "
-            "variant's folder such as ckpt/magi/4.5B_distill (see docs/magi1.md)"
-        )
+        raise UserError(f"model {model!r} is not a folder; give {WANTED}")
     return folder
 
 
 def published_name(folder: Path) -> str | None:
     """The variant that a folder in the published layout holds; None for one in the diffusers layout."""
-    folder = folder.resolve()
-    return folder.name if folder.name in VARIANTS and not (folder / "model_index.json").exists() else None
+    name = _in_layout(folder).name
+    return name if name in VARIANTS and not (folder / "model_index.json").exists() else None
 
 
 def published_root(folder: Path) -> Path:
     """The folder that holds `magi`, `vae` and `t5`, for a variant's folder in it."""
-    return folder.resolve().parent.parent
+    return _in_layout(folder).parent.parent
 
 
-def tokens_file(folder: Path, given: str | None) -> Path | None:
+def tokens_file(folder: Path, given: str | Path | None) -> Path | None:
     """The special tokens' file: the one that is given, or one beside the weights."""
     if given is not None:
         return Path(given).expanduser()
@@ -84,7 +101,10 @@ def inspect_checkpoint(folder: Path, given_tokens: str | None = None) -> Archite
         )
     name = published_name(folder)
     if name is not None:
-        return _inspect_published(folder, name, found is not None)
+        of = VARIANTS[name]
+        factor = inspect_published(published_root(folder), of, name)
+        return Architecture(factor, of.sampling, found is not None, name)
+    _check_layout(folder)
     index = read_index(folder, FOLDERS)
     transformer, vae = read_json(folder / "transformer/config.json"), read_json(folder / "vae/config.json")
     check_class(folder, "transformer", transformer, [TRANSFORMER], "give a MAGI-1 checkpoint")
@@ -99,21 +119,62 @@ def inspect_checkpoint(folder: Path, given_tokens: str | None = None) -> Archite
         )
     for part in WEIGHTS:
         check_weights(folder / part)
+    check_tokenizer(folder / "tokenizer")
+    sampling = SamplingConfig.from_dict(index.get("sampling") or {})
     has_tokens = found is not None or (folder / "special_tokens").is_dir()
-    return Architecture(_patch_size(folder / "vae"), SamplingConfig.from_dict(index.get("sampling") or {}), has_tokens)
+    return Architecture(_patch_size(folder / "vae"), sampling, has_tokens, _variant_of(transformer, sampling.distill))
 
 
-def _inspect_published(folder: Path, name: str, has_tokens: bool) -> Architecture:
-    root, of = published_root(folder), VARIANTS[name]
-    for part in (AUTOENCODER, TEXT_ENCODER):
-        if not (root / part).is_dir():
-            raise UserError(f"{str(root / part)!r} is missing; fetch it beside {str(root / 'magi')!r}")
-    weights = folder / of.weights
-    if not weights.is_dir():
-        raise UserError(f"checkpoint {str(folder)!r} has no {of.weights!r}; fetch it again")
-    check_weights(weights, packed=COMPRESSED)
-    check_weights(root / AUTOENCODER)
-    return Architecture(_patch_size(root / AUTOENCODER), of.sampling, has_tokens)
+def inspect_published(root: Path, of: Variant, name: str) -> int:
+    """Check that a variant's files are all there, as they are published.
+
+    Args:
+        root: the folder `ckpt`, holding `magi/<name>/`, `vae/` and `t5/t5-v1_1-xxl/`.
+        of: the variant.
+        name: its folder's name.
+
+    Returns:
+        Pixels per latent pixel.
+
+    Raises:
+        UserError: a folder or file is missing, or a file is truncated.
+    """
+    transformer, vae, text = root / TRANSFORMERS / name, root / AUTOENCODER, root / TEXT_ENCODER
+    for part in (transformer, vae, text):
+        if not part.is_dir():
+            raise UserError(f"{str(part)!r} is missing; the folder {str(root)!r} must hold magi, vae and t5")
+    check_weights(weights_folder(transformer, of), packed=COMPRESSED)
+    check_weights(vae)
+    read_json(text / "config.json")
+    check_weights(text, pickled=True)
+    check_tokenizer(text)
+    return _patch_size(vae)
+
+
+def _in_layout(folder: Path) -> Path:
+    """A variant's folder by the path on which `vae` lies beside `magi`: the one that is given, or where links lead."""
+    paths = [Path(os.path.abspath(folder)), folder.resolve()]
+    return next((p for p in paths if p.name in VARIANTS and (p.parent.parent / AUTOENCODER).is_dir()), paths[0])
+
+
+def _check_layout(folder: Path) -> None:
+    """Refuse a folder that is in no layout, with the variants' folders in it or around it, where there are any."""
+    if (folder / "model_index.json").exists():
+        return
+    path = Path(os.path.abspath(folder))
+    near = [place / name for place in (path / TRANSFORMERS, path) for name in VARIANTS]
+    near += [path.parent] if path.parent.name in VARIANTS else []
+    found = [repr(str(place)) for place in near if place.is_dir()]
+    raise UserError(f"model {str(folder)!r} is not a variant's folder; give {' or '.join(found) or WANTED}")
+
+
+def _variant_of(transformer: dict[str, Any], distill: bool) -> str | None:
+    """The published variant of a configuration's sizes; quantised ones are not told from the others."""
+    for name, of in VARIANTS.items():
+        same_sizes = all(transformer.get(key) == value for key, value in of.transformer.items())
+        if same_sizes and of.sampling.distill == distill:
+            return name
+    return None
 
 
 def _patch_size(vae: Path) -> int:

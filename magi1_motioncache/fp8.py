@@ -2,6 +2,9 @@
 
 The published fp8 linears divide their input by a scale, round it to e4m3, and multiply the product by the scales of
 input and weight. Folding the scales into the weight gives the same linear without the rounding of the input.
+
+The product is flashinfer's `bmm_fp8`, which hands cuBLASLt a pointer to the input's scale and no mode of scaling: of a
+scale per channel it reads the first entry, by which the whole product is multiplied.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ SCALES = ("weight_scale", "input_scale", "smooth_scale")
 def dequantise(tensors: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """Replace every quantised weight and its scales by one plain weight.
 
-    Two forms exist: per tensor (`input_scale` as long as the input) with weight `w * weight_scale`, and smoothed per
-    channel (`smooth_scale`) with `w * weight_scale * input_scale / smooth_scale`.
+    Two forms exist, which divide column `i` of the input by different scales: `input_scale[i]`, with weight
+    `w * weight_scale * input_scale[0] / input_scale[i]`, and `smooth_scale[i]` where there is one, with weight
+    `w * weight_scale * input_scale[0] / smooth_scale[i]`.
 
     Args:
         tensors: a checkpoint; plain tensors pass through.
@@ -28,7 +32,7 @@ def dequantise(tensors: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) 
         Tensors under the names of the plain checkpoint.
 
     Raises:
-        UserError: scales without a weight, or an input scale that differs between channels.
+        UserError: scales without a weight, or without one another.
     """
     plain = {name: value for name, value in tensors.items() if name.rpartition(".")[2] not in SCALES}
     modules = {name.rpartition(".")[0] for name in tensors.keys() - plain.keys()}
@@ -45,8 +49,5 @@ def _plain_weight(tensors: dict[str, Tensor], module: str) -> Tensor:
         raise UserError(f"the checkpoint lacks {module}.{missing[0]}; download its files again")
     weight = tensors[f"{module}.weight"].float().squeeze(0) * tensors[f"{module}.weight_scale"].float()
     scale = tensors[f"{module}.input_scale"].float()
-    if f"{module}.smooth_scale" in tensors:
-        return weight * scale / tensors[f"{module}.smooth_scale"].float()
-    if not torch.equal(scale, scale[:1].expand_as(scale)):
-        raise UserError(f"{module}.input_scale differs between channels; such a checkpoint cannot be converted")
-    return weight
+    divisor = tensors.get(f"{module}.smooth_scale", scale).float()
+    return weight * (scale[0] / divisor)

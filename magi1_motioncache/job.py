@@ -29,6 +29,7 @@ class Magi1Job(Job[RunSettings, Generator]):
         check_config(s.cache)
         self.folder = find_checkpoint(s.model)
         architecture = inspect_checkpoint(self.folder, s.special_tokens_file)
+        validate.check_config_file(self.config, architecture)
         self.sampling = validate.check_shapes(s, architecture)
         if video is not None:
             factor = self.sampling.temporal_downsample_factor

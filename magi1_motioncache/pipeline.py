@@ -78,7 +78,8 @@ class Magi1Pipeline(DiffusionPipeline):
         UserError: parts whose sizes do not fit together.
 
     Example:
-        >>> pipe = Magi1Pipeline.from_pretrained("path/to/magi1", dtype=torch.bfloat16).to("cuda")
+        >>> dtype = {"default": torch.float32, "transformer": torch.bfloat16}
+        >>> pipe = Magi1Pipeline.from_pretrained("path/to/magi1", dtype=dtype).to("cuda")
         >>> video = pipe("a serene lake at dawn", height=720, width=720, num_frames=96).frames[0]
     """
 

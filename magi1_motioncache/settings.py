@@ -58,9 +58,11 @@ class RunSettings(settings.RunSettings):
     special_tokens_file: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
 
-    sections: ClassVar[tuple[str, ...]] = ("cache", "sampling")
+    sections: ClassVar[dict[str, tuple[str, ...]]] = {**settings.RunSettings.sections, "sampling": SAMPLING}
 
     def __post_init__(self) -> None:
+        if isinstance(self.special_tokens, str):
+            raise UserError(f"special_tokens: {self.special_tokens!r} is not a list; give [{self.special_tokens}]")
         if isinstance(self.special_tokens, list):
             object.__setattr__(self, "special_tokens", tuple(self.special_tokens))
         super().__post_init__()

@@ -93,19 +93,17 @@ class AutoencoderViTMagi1(ModelMixin, ConfigMixin):
             return self.encode(frames.expand(-1, -1, self.patch[0], -1, -1))[:, :, :1]
         return self.moments(frames).chunk(2, dim=1)[0]
 
-    def decode(self, latents: Tensor, single_as_image: bool = False) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Frames, untiled.
 
         Args:
             latents: `[batch, latent channels, latent frames, rows, columns]`, unscaled.
-            single_as_image: of a single latent frame keep only the first frame, as the original code does for every
-                such tile (a video of 13 latent frames in tiles of 3 then loses 3 frames).
 
         Returns:
-            `[batch, 3, frames, height, width]`, about [-1, 1].
+            `[batch, 3, frames, height, width]`, about [-1, 1]; of a single latent frame all its frames, of which the
+            original code keeps the first (a video of 13 latent frames in tiles of 3 loses 3 frames there).
         """
-        frames = self.decoder(latents)
-        return frames[:, :, :1] if single_as_image and latents.shape[2] == 1 else frames
+        return self.decoder(latents)
 
     @apply_forward_hook
     def tiled_encode(self, frames: Tensor, tiling: Tiling) -> Tensor:
@@ -114,9 +112,9 @@ class AutoencoderViTMagi1(ModelMixin, ConfigMixin):
         return run_tiled(frames, self.encode, source, target, chained=True)
 
     @apply_forward_hook
-    def tiled_decode(self, latents: Tensor, tiling: Tiling, single_as_image: bool = False) -> Tensor:
+    def tiled_decode(self, latents: Tensor, tiling: Tiling) -> Tensor:
         """`decode` in tiles; arguments as there."""
         source = tiling.axes(self.patch)
         # Not the tiling's own pixels: a tile of 14 frames is 3 latents, of which 12 frames come out.
         target = [Axis(axis.size * step, axis.overlap) for axis, step in zip(source, self.patch, strict=True)]
-        return run_tiled(latents, lambda tile: self.decode(tile, single_as_image), source, target, chained=False)
+        return run_tiled(latents, self.decode, source, target, chained=False)

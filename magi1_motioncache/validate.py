@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 from common.checks import check_multiple, check_range, near_miss
 from common.errors import UserError
 from magi1_motioncache.config import SamplingConfig
 from magi1_motioncache.folders import Architecture
-from magi1_motioncache.settings import RunSettings
+from magi1_motioncache.settings import FILES, RunSettings
 from magi1_motioncache.special_tokens import SpecialTokenOptions
 from magi1_motioncache.transformer import PATCH
+
+
+def check_config_file(config: Path, architecture: Architecture) -> None:
+    """Check that the tiny checkpoint's settings, which are the default, are not used for a published model.
+
+    Args:
+        config: file that the settings came from.
+
+    Raises:
+        UserError: they are; names the file for the model.
+    """
+    variant = architecture.variant
+    if variant is not None and FILES.is_default(config):
+        raise UserError(
+            f"config {config.name!r} is the tiny checkpoint's, and this model is MAGI-1 {variant}; "
+            f"give --config configs/{FILES.nearest(variant).name}"
+        )
 
 
 def sampling_options(settings: RunSettings, checkpoint: SamplingConfig) -> SamplingConfig:
@@ -23,9 +41,12 @@ def sampling_options(settings: RunSettings, checkpoint: SamplingConfig) -> Sampl
     if window > 0:
         check_multiple("steps", settings.steps, window, f" (window_size), so no chunk of {window} would be finished")
     sampling = checkpoint.replace(num_steps=settings.steps, fps=settings.fps, **settings.sampling)
-    if checkpoint.distill and sampling.cfg_number != 1:
+    passes = 1 if checkpoint.distill else 3
+    if sampling.cfg_number != passes:
+        kind = "distilled checkpoint, its guidance is built in" if checkpoint.distill else "base checkpoint"
         raise UserError(
-            "sampling.cfg_number: 3 is not allowed for a distilled checkpoint, its guidance is built in; use 1"
+            f"sampling.cfg_number: {sampling.cfg_number} is not allowed for a {kind}; give the --config of such a "
+            f"model, or --set sampling.cfg_number={passes}"
         )
     if settings.guidance_scale is None:
         return sampling

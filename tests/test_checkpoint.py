@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import change_json
+from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from magi1_motioncache import folders, loading
@@ -83,6 +84,13 @@ def test_a_missing_shard_is_found(family):
         family.inspect(family.folder)
 
 
+def test_a_tokenizer_without_words_is_found(family):
+    """The library would make an empty one of it, for which every prompt is the same."""
+    (family.folder / "tokenizer/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer' has no tokenizer.json or spiece.model; fetch it again"):
+        family.inspect(family.folder)
+
+
 @pytest.mark.parametrize("text", ['{"_class_name": ', "[]"])
 def test_damaged_json_is_refused(family, text):
     (family.folder / "vae/config.json").write_text(text)
@@ -105,11 +113,27 @@ def test_tensors_that_no_file_has_are_named(family, part):
         family.load(family.folder)
 
 
+def test_layers_that_the_config_leaves_out_are_named(family):
+    """The library would load a shorter model."""
+    change_json(family.folder / "transformer/config.json", num_layers=1)
+    with pytest.raises(
+        UserError, match=r"'transformer' has '\S+\.1\.\S+', for which the configured model has no place"
+    ):
+        family.load(family.folder)
+
+
+def test_parts_of_a_larger_model_may_stand_beside(family):
+    """As a whole T5 of which the encoder is used."""
+    (file,) = (family.folder / "text_encoder").glob("*.safetensors")
+    save_file({**load_file(file), "decoder.final_layer_norm.weight": torch.ones(2)}, file, {"format": "pt"})
+    family.load(family.folder)
+
+
 # -- of SkyReels-V2 ---------------------------------------------------------------------------------------------------
 
 
 def test_a_whole_checkpoint_is_accepted(tiny_pipeline_folder):
-    assert inspect_checkpoint(find_checkpoint(str(tiny_pipeline_folder))) == Architecture(4, 4, (2, 2))
+    assert inspect_checkpoint(find_checkpoint(str(tiny_pipeline_folder))) == Architecture(4, 4, (2, 2), 32)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "assets/no-such-model", "a/b/c", "word"])
@@ -138,6 +162,31 @@ def test_a_missing_scheduler_is_named(checkpoint):
 def test_other_architectures_are_refused(checkpoint):
     change_json(checkpoint / "transformer/config.json", _class_name="WanTransformer3DModel")
     with pytest.raises(UserError, match=r"another architecture: its transformer is 'WanTransformer3DModel'"):
+        inspect_checkpoint(checkpoint)
+
+
+def test_pipelines_that_denoise_all_frames_at_once_are_refused(checkpoint):
+    change_json(checkpoint / "model_index.json", _class_name="SkyReelsV2Pipeline")
+    with pytest.raises(
+        UserError, match=r"is of a SkyReelsV2Pipeline, which .*diffusion-forcing \(DF\) checkpoint such"
+    ):
+        inspect_checkpoint(checkpoint)
+
+
+def test_the_layout_of_the_original_code_is_told_from_that_of_diffusers(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no model_index.json.* ends in -Diffusers, such as Skywork/\S+-Diffusers$"):
+        inspect_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("transformer", "in_channels"), ("transformer", "patch_size"), ("vae", "z_dim"), ("vae", "temperal_downsample")],
+)
+def test_a_config_without_a_size_is_refused(checkpoint, part, key):
+    path = checkpoint / part / "config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    with pytest.raises(UserError, match=rf"{part}/config.json' has no '{key}'; fetch it again"):
         inspect_checkpoint(checkpoint)
 
 

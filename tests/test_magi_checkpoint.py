@@ -1,68 +1,23 @@
-"""Published checkpoint files: shards, compression, quantisation, faults, and the way to one pipeline folder."""
+"""Published checkpoint files: shards, compression, quantisation, and faults in them."""
 
 from __future__ import annotations
 
 import json
-import logging
-import re
-import shutil
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import zstandard
-from conftest import change_json
-from safetensors.torch import save, save_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from magi_random import PLAIN, QUANTISED, random_weights, write_shards
+from safetensors.torch import save_file
 
 from common.errors import UserError
-from common.settings import CONFIGS
-from magi1_motioncache import cli, convert
 from magi1_motioncache.checkpoint import load_transformer, read_tensors, weights_folder
-from magi1_motioncache.folders import inspect_checkpoint
 from magi1_motioncache.fp8 import dequantise
-from magi1_motioncache.pipeline import Magi1Pipeline
-from magi1_motioncache.presets import VARIANTS
-from magi1_motioncache.transformer import Magi1Transformer3DModel
-from magi1_motioncache.vae import AutoencoderViTMagi1
-from tests.magi_cases import FOLDER, parameters, tensors
-
-SIZES = {
-    "hidden_size": 64,
-    "num_layers": 3,
-    "num_attention_heads": 2,
-    "num_query_groups": 1,
-    "kv_channels": 32,
-    "ffn_hidden_size": 96,
-    "caption_channels": 32,
-    "caption_max_length": 60,
-}
-PLAIN = replace(VARIANTS["4.5B_distill"], transformer=SIZES)
-QUANTISED = replace(VARIANTS["4.5B_distill_quant"], transformer=SIZES)
+from tests.magi_cases import parameters, tensors
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return {k: torch.randn_like(v).bfloat16() for k, v in Magi1Transformer3DModel(**SIZES).state_dict().items()}
-
-
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor], compressed: bool = False) -> list[Path]:
-    folder.mkdir(parents=True)
-    names = sorted(tensors)
-    places, files = {}, []
-    for number, part in enumerate((names[::2], names[1::2]), start=1):
-        shard = f"model-{number:05d}-of-00002.safetensors"
-        content = save({name: tensors[name].contiguous() for name in part})
-        file = folder / (shard + ".zst" if compressed else shard)
-        file.write_bytes(zstandard.ZstdCompressor().compress(content) if compressed else content)
-        places.update(dict.fromkeys(part, shard))
-        files.append(file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    return files
+    return random_weights()
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -112,7 +67,7 @@ def test_tensor_not_in_its_shard(tmp_path, weights):
         read_tensors(tmp_path / "w")
 
 
-def test_every_fault_is_named(tmp_path, weights):
+def test_faults_are_named(tmp_path, weights):
     wrong = dict(weights)
     del wrong["rope.bands"], wrong["final_linear.linear.weight"]
     wrong["extra.one"] = wrong["extra.two"] = torch.zeros(2)
@@ -128,6 +83,14 @@ def test_every_fault_is_named(tmp_path, weights):
         "x_embedder.weight is (1, 2) and should be (64, 16, 1, 2, 2)",
     ):
         assert part in str(error.value)
+
+
+def test_another_architecture_is_one_short_line(tmp_path, weights):
+    """Every tensor is wrong there: the first ones tell it."""
+    save_file({f"other.{name}": value for name, value in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"(missing [^;]*; ){{5}}and {2 * len(weights) - 5} more; check") as error:
+        load_transformer(tmp_path, PLAIN)
+    assert len(str(error.value)) < 600
 
 
 def quantised(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -169,119 +132,18 @@ def test_quantised_faults(weights):
         dequantise({key: value for key, value in stored.items() if key != f"{name}.weight"})
     with pytest.raises(UserError, match="lacks .*linear_fc1.input_scale"):
         dequantise({key: value for key, value in stored.items() if key != f"{name}.input_scale"})
-    with pytest.raises(UserError, match="differs between channels"):
-        dequantise(stored | {f"{name}.input_scale": torch.arange(64.0)})
 
 
-@pytest.fixture
-def published(tmp_path, weights) -> Path:
-    """The layout of the hub, tiny."""
-    root = tmp_path / "ckpt"
-    write_shards(root / "magi" / "4.5B_distill" / PLAIN.weights, weights)
-    sizes = parameters("weights_vae")["ddconfig"] | {"z_chans": 16, "patch_size": 8, "video_size": 32, "embed_dim": 256}
-    AutoencoderViTMagi1(sizes).save_pretrained(root / "vae")
-    config = json.loads((root / "vae" / "config.json").read_text())
-    (root / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "ViTVAE"}))
-    text = root / "t5" / "t5-v1_1-xxl"
-    encoder = T5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    T5EncoderModel(encoder).save_pretrained(text)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "lake": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(text)
-    np.savez(
-        tmp_path / "special_tokens.npz", **{k: v.float().numpy() for k, v in special_tokens_of_the_tiny_model().items()}
-    )
-    return root
-
-
-def special_tokens_of_the_tiny_model() -> dict[str, torch.Tensor]:
-    with np.load(FOLDER / "special_tokens_tiny.npz") as stored:
-        return {name: torch.from_numpy(stored[name]) for name in stored}
-
-
-def test_published_folder_to_pipeline_folder(tmp_path, published, weights, monkeypatch):
-    monkeypatch.setitem(VARIANTS, "4.5B_distill", PLAIN)
-    output = tmp_path / "magi1"
-    arguments = [str(published), "4.5B_distill", str(output)]
-    convert.main([*arguments, "--special-tokens", str(tmp_path / "special_tokens.npz")])
-    pipeline = Magi1Pipeline.from_pretrained(output, dtype=torch.bfloat16)
-    assert pipeline.sampling == PLAIN.sampling
-    for name, value in pipeline.transformer.state_dict().items():
-        assert torch.equal(value.float(), weights[name].float()), name
-    assert pipeline.transformer.t_embedder.mlp[0].weight.dtype == torch.float32
-    assert pipeline.transformer.compute_dtype == torch.bfloat16
-    stored = special_tokens_of_the_tiny_model()["other_tokens"]
-    assert torch.equal(pipeline.special_tokens.other_tokens, stored.half().float())
-
-
-def test_published_folder_faults(tmp_path, published, capsys):
-    with pytest.raises(UserError, match="24B_base is missing"):
-        convert.load_published(published, VARIANTS["24B_base"], "24B_base")
-    with pytest.raises(UserError, match="special_tokens.npz is missing|no.npz is missing"):
-        convert.load_special_tokens(tmp_path / "no.npz")
-    assert convert.main([str(published), "9B", str(tmp_path / "out")]) == 2
-    assert "unknown MAGI-1 variant '9B'" in capsys.readouterr().err
-    (tmp_path / "file").touch()
-    assert convert.main([str(published), "4.5B_distill", str(tmp_path / "file")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
-    text = published / "t5" / "t5-v1_1-xxl"
-    change_json(text / "config.json", num_layers=2)
-    assert convert.main([str(published), "4.5B_distill", str(tmp_path / "out")]) == 2
-    assert re.search(r"error: .*t5-v1_1-xxl lacks encoder.block.1.*; fetch it again\n$", capsys.readouterr().err)
-    (text / "tokenizer.json").write_text("{")
-    assert convert.main([str(published), "4.5B_distill", str(tmp_path / "out")]) == 2
-    assert re.search(r"error: .*t5-v1_1-xxl' cannot be loaded .*\n$", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("fault", ["nothing", "cut off", "an array", "flat", "few rows"])
-def test_damaged_special_tokens(published, tmp_path, fault):
-    """The published file is whole, and anything else is told in one line."""
-    file = tmp_path / "special_tokens.npz"
-    assert convert.load_special_tokens(file).caption_token.shape == (1, 32)
-    values = special_tokens_of_the_tiny_model()
-    if fault == "an array":
-        with file.open("wb") as stream:
-            np.save(stream, np.zeros(3))
-    elif fault in ("flat", "few rows"):
-        change = (
-            {"caption_token": values["caption_token"][0]} if fault == "flat" else {"other_tokens": torch.zeros(5, 32)}
-        )
-        np.savez(file, **{name: value.numpy() for name, value in (values | change).items()})
-    else:
-        file.write_bytes(file.read_bytes()[: 1000 if fault == "cut off" else 0])
-    with pytest.raises(UserError, match="does not hold the special tokens"):
-        convert.load_special_tokens(file)
-
-
-def test_compressed_shards_are_looked_for(published, weights):
-    folder = published / "magi" / "4.5B_distill"
-    shutil.rmtree(folder / PLAIN.weights)
-    first, _ = write_shards(folder / PLAIN.weights, weights, compressed=True)
-    inspect_checkpoint(folder)
-    first.unlink()
-    with pytest.raises(UserError, match="00001-of-00002.safetensors' cannot be read: No such file"):
-        inspect_checkpoint(folder)
-
-
-def test_the_command_opens_a_published_folder(tmp_path, published, monkeypatch):
-    monkeypatch.setitem(VARIANTS, "4.5B_distill", PLAIN)
-    size = ["--height", "32", "--width", "32", "--num-frames", "24", "--steps", "4", "--no-compare"]
-    arguments = ["--config", str(CONFIGS / "magi1_4.5b_distill_slow.yaml"), *size, "--prompt", "lake"]
-    model = ["--model", str(published / "magi" / "4.5B_distill")]
-    assert cli.main([*arguments, *model]) == 2, "the config asks for special tokens and there are none"
-    (tmp_path / "special_tokens.npz").rename(published / "special_tokens.npz")
-    assert cli.main([*arguments, *model, "--output", str(tmp_path / "out")]) == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["mode"] == "t2v" and summary["flops"] > 0
-    (shard, *_) = sorted((published / "magi" / "4.5B_distill" / PLAIN.weights).glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match="is truncated"):
-        inspect_checkpoint(published / "magi" / "4.5B_distill")
-
-
-def test_published_autoencoder_config_loads_without_complaint(published, caplog):
-    with caplog.at_level(logging.WARNING):
-        vae = AutoencoderViTMagi1.from_pretrained(published / "vae")
-    assert vae.config.ddconfig["z_chans"] == 16
+def test_an_input_scale_per_channel(weights):
+    """The original divides each channel by its own scale and multiplies the product by the first of them."""
+    name = "videodit_blocks.layers.1.mlp.linear_fc1"
+    scales = torch.linspace(0.5, 2, 64)
+    stored = quantised(weights) | {f"{name}.input_scale": scales}
+    rows = torch.randn(5, 64)
+    product = (rows / scales) @ stored[f"{name}.weight"].float().squeeze(0).T
+    expected = product * stored[f"{name}.weight_scale"] * scales[0]
+    made = dequantise(stored, torch.float32)[f"{name}.weight"]
+    torch.testing.assert_close(rows @ made.T, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_reference_weights_have_the_published_names():

@@ -65,9 +65,7 @@ def test_summary_has_the_fields_of_the_other_command_and_agrees_with_the_trace(c
 
 
 def test_a_run_can_be_repeated_from_its_summary(comparison, run):
-    config = comparison[0].parent / "again.yaml"
-    config.write_text(json.dumps(summary_of(comparison[0])["config"]))
-    folder, code = run("--config", str(config), "--no-compare")
+    folder, code = run("--config", str(comparison[0] / "summary.json"), "--no-compare")
     assert code == 0
     np.testing.assert_array_equal(read_video(folder / "video.mp4"), read_video(comparison[0] / "video.mp4"))
 
@@ -113,6 +111,17 @@ def test_a_video_is_continued(run, clip, overlap):
     assert summary_of(folder)["mode"] == "v2v" and (folder / "motion.png").exists()
 
 
+def test_a_given_video_keeps_its_speed(run, tmp_path):
+    given = np.zeros((30, 32, 32, 3), np.uint8)
+    given[..., 0] = np.arange(30)[:, None, None] * 8
+    write_video(tmp_path / "given.mp4", given, fps=30)
+    folder, code = run("--video", str(tmp_path / "given.mp4"), "--no-compare", "--set", "overlap_history=8")
+    assert code == 0
+    video = read_video(folder / "video.mp4")
+    assert len(video) == 24 + 32 - 8
+    np.testing.assert_allclose(video[:24].mean((1, 2))[:, 0], np.arange(24) * 10, atol=8)
+
+
 def test_published_settings_of_every_method(run):
     for preset in ("slow", "flowcache-slow", "teacache-slow", "exact"):
         folder, code = run("--no-compare", "--preset", preset, "--num-frames", "16")
@@ -141,7 +150,12 @@ BAD = [
     (["--set", "special_tokens=[hq]"], "unknown special token 'hq'"),
     (["--set", "special_tokens_file=nowhere.npz"], "special_tokens_file 'nowhere.npz' does not exist"),
     (["--set", "cache.distance=modulation"], "MAGI-1 has no time modulation"),
-    (["--guidance-scale", "3", "--set", "sampling.cfg_number=1"], "guidance_scale: 3 is not allowed with one pass"),
+    (
+        ["--set", "sampling.cfg_number=1"],
+        "sampling.cfg_number: 1 is not allowed for a base checkpoint; give the --config",
+    ),
+    (["--set", "sampling.clean_t=5"], "clean_t: 5 is outside its range; allowed: 0 to 1"),
+    (["--set", "special_tokens=high_quality"], "special_tokens: 'high_quality' is not a list; give [high_quality]"),
     (["--device", "tpu"], "device: 'tpu' is not allowed"),
     (["--offload", "model", "--device", "cpu"], "use --offload none"),
     (["--image", "nowhere.png"], "image 'nowhere.png' cannot be read"),
@@ -157,11 +171,12 @@ def test_bad_input_is_one_line_and_exit_code_2(run, capsys, options, message):
 
 
 def test_a_short_video_is_refused(run, tmp_path, capsys):
-    write_video(tmp_path / "short.mp4", np.zeros((14, 32, 32, 3), np.uint8), fps=24)
+    """By its frames at the settings' rate: 28 of them become 14."""
+    write_video(tmp_path / "short.mp4", np.zeros((28, 32, 32, 3), np.uint8), fps=48)
     given = ["--video", str(tmp_path / "short.mp4"), "--num-frames", "40", "--no-compare"]
     _, code = run(*given, "--set", "overlap_history=32")
     errors = capsys.readouterr().err
-    assert code == 2 and "has 14 frames, fewer than the 32" in errors
+    assert code == 2 and "has 14 frames at 24 per second, fewer than the 32" in errors
     shorter = re.search(r"--set (overlap_history=\d+)", errors).group(1)
     assert run(*given, "--set", shorter)[1] == 0
 
@@ -173,7 +188,10 @@ def test_a_distilled_checkpoint_has_one_pass(run, magi_folder, tmp_path, capsys)
     (folder / "model_index.json").write_text(json.dumps(index))
     assert run("--model", str(folder))[1] == 2
     assert "sampling.cfg_number: 3 is not allowed for a distilled checkpoint" in capsys.readouterr().err
-    assert run("--model", str(folder), "--set", "sampling.cfg_number=1", "--num-frames", "16")[1] == 0
+    one_pass = ["--model", str(folder), "--set", "sampling.cfg_number=1", "--num-frames", "16"]
+    assert run(*one_pass, "--guidance-scale", "3")[1] == 2
+    assert "guidance_scale: 3 is not allowed with one pass" in capsys.readouterr().err
+    assert run(*one_pass)[1] == 0
 
 
 def test_the_default_checkpoint_is_the_tiny_one(monkeypatch, capsys, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -237,6 +238,16 @@ def test_published_sizes(name, parameters, count):
         ({"shortcut_mode": "4,4,4"}, "not one of"),
         ({"text_scales": (1.0,)}, "same number"),
         ({"cfg_t_range": (0.1, 0.2, 0.3, 0.4, 0.5)}, "start at 0"),
+        ({"cfg_t_range": (0, 0.2, 0.1, 0.4, 0.5)}, "and rise"),
+        ({"cfg_t_range": (0, 0.1, 0.5, 2, 3)}, "to 1 at most"),
+        ({"cfg_t_range": (0, math.nan, 0.5, 0.6, 0.7)}, "and rise"),
+        ({"prev_chunk_scales": (math.inf, 1, 1, 1, 1)}, "prev_chunk_scales .* must be finite"),
+        ({"text_scales": (1, 1, math.nan, 1, 1)}, "text_scales .* must be finite"),
+        ({"nearly_clean_threshold": math.inf}, "must be a finite number"),
+        ({"clean_t": -3}, "clean_t: -3 is outside its range; allowed: 0 to 1"),
+        ({"clean_t": 5}, "clean_t: 5 is outside"),
+        ({"clean_t": math.nan}, "clean_t: nan is outside"),
+        ({"nearly_clean_scale": 900}, "nearly_clean_scale: 900 is outside its range; allowed: 0 to 1"),
         ({"chunk_width": 0}, "at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """Settings of MAGI-1 runs: the shipped files, what fits together, and checkpoints before they are loaded."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import yaml
 from conftest import change_json
 
 from common.errors import UserError
+from common.runs import REPOSITORY
 from common.settings import CONFIGS
-from magi1_motioncache import SamplingConfig
+from magi1_motioncache import Magi1Pipeline, SamplingConfig
 from magi1_motioncache.folders import Architecture, find_checkpoint, inspect_checkpoint
 from magi1_motioncache.generate import Generator, plan_video
 from magi1_motioncache.loading import load_pipeline
@@ -100,6 +102,13 @@ def test_options_of_the_run_replace_the_checkpoints():
     assert sampling.noise2clean_kvrange == BASE.noise2clean_kvrange
 
 
+@pytest.mark.parametrize(("checkpoint", "other"), [(BASE, 1), (SamplingConfig(), 3)], ids=["base", "distilled"])
+def test_the_passes_are_the_checkpoints(checkpoint, other):
+    own = checkpoint.cfg_number
+    with pytest.raises(UserError, match=rf"cfg_number: {other} is not allowed .* or --set sampling.cfg_number={own}$"):
+        sampling_options(RunSettings("m", "p", sampling={"cfg_number": other}), checkpoint)
+
+
 @pytest.mark.parametrize("given", [{}, {"image": "a.png"}, {"video": "b.mp4"}], ids=["t2v", "i2v", "v2v"])
 @pytest.mark.parametrize("frames", [48, 96])
 def test_the_whole_video_has_the_frames_that_are_asked_for(given, frames):
@@ -148,6 +157,19 @@ def test_half_precision_leaves_what_must_stay_whole(magi_folder):
     assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
     assert pipe.transformer.compute_dtype == torch.bfloat16
     assert pipe.transformer.final_linear.linear.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "text", [Magi1Pipeline.__doc__, (REPOSITORY / "README.md").read_text()], ids=["class", "README"]
+)
+def test_the_documented_way_to_load_is_the_commands(magi_folder, text):
+    lines = [line.strip().removeprefix(">>> ") for line in text.splitlines()]
+    code = "\n".join(line for line in lines if line.startswith(("dtype = ", "pipe = Magi1Pipeline")))
+    code = re.sub(r'from_pretrained\("[^"]+"', f'from_pretrained("{magi_folder}"', code).replace('.to("cuda")', "")
+    names = {"torch": torch, "Magi1Pipeline": Magi1Pipeline}
+    exec(code, names)
+    assert names["pipe"].vae.dtype == names["pipe"].text_encoder.dtype == torch.float32
+    assert names["pipe"].transformer.compute_dtype == torch.bfloat16
 
 
 # -- the generator ----------------------------------------------------------------------------------------------------

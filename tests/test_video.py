@@ -1,7 +1,11 @@
+import subprocess
+from pathlib import Path
+
 import cv2
+import imageio_ffmpeg
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from common import video
 from common.errors import UserError
@@ -35,6 +39,37 @@ def test_lossless_video_gives_back_the_same_bytes_and_the_same_file(tmp_path):
     np.testing.assert_array_equal(video.read_video(tmp_path / "floats.mkv"), frames)
 
 
+@pytest.mark.parametrize("rate", [8, 16, 24, 25, 30, 60])
+def test_a_video_of_another_rate_keeps_its_speed(tmp_path, rate):
+    """The frames are those of FFmpeg's filter `fps`, of which the original code of MAGI-1 makes use."""
+    frames = np.arange(rate + 4, dtype=np.uint8).repeat(32 * 32 * 3).reshape(-1, 32, 32, 3)
+    video.write_lossless(tmp_path / "given.mkv", frames, rate)
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "given.mkv")]
+    subprocess.run([*ffmpeg, "-vf", "fps=24", "-vcodec", "ffv1", str(tmp_path / "filtered.mkv")], check=True)
+    read = video.read_video(tmp_path / "given.mkv", fps=24)
+    np.testing.assert_array_equal(read, video.read_video(tmp_path / "filtered.mkv"))
+    assert len(read) == round((rate + 4) * 24 / rate)
+    np.testing.assert_array_equal(video.read_video(tmp_path / "given.mkv"), frames)
+
+
+def test_each_frame_is_shown_from_its_time_stamp_on():
+    assert video.shown_frames(np.array([3, 3.1, 3.2, 3.6]), 10).tolist() == [0, 1, 2, 2, 2, 2, 3]
+    assert video.shown_frames(np.array([0.5]), 24).tolist() == [0]
+
+
+def test_without_time_stamps_all_frames_are_taken():
+    assert video.shown_frames(np.zeros(5), 24).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_relative_folder_may_have_a_colon(tmp_path, clip, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run-12:30").mkdir()
+    growing = video.GrowingVideo(Path("run-12:30/clip.mp4"), 16)
+    for part in (clip[:4], clip[4:]):
+        growing.append(part)
+    assert len(video.read_video("run-12:30/clip.mp4")) == 10
+
+
 def test_odd_sides_are_padded_to_even(tmp_path, clip):
     video.write_video(tmp_path / "odd.mp4", clip[:, :47, :63], fps=16)
     assert video.read_video(tmp_path / "odd.mp4").shape == (10, 48, 64, 3)
@@ -52,6 +87,15 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, clip):
 def test_what_ffmpeg_complains_of_is_told(tmp_path, clip):
     with pytest.raises(OSError, match="ffmpeg failed: .*No such file or directory"):
         video.write_video(tmp_path / "nowhere" / "clip.mp4", clip, fps=16)
+
+
+def test_an_ffmpeg_that_is_ended_is_told(tmp_path, clip, monkeypatch):
+    killer = tmp_path / "ffmpeg"
+    killer.write_text("#!/bin/sh\nkill -XFSZ $$\n")  # as a limit on the size of files does
+    killer.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(killer))
+    with pytest.raises(OSError, match="ffmpeg failed: it ended with code -25"):
+        video.write_video(tmp_path / "clip.mp4", clip[:1], fps=16)
 
 
 def test_floats_become_bytes():
@@ -87,6 +131,17 @@ def test_truncated_image_is_refused(tmp_path):
 def test_image_becomes_rgb(tmp_path):
     Image.new("RGBA", (8, 6), (10, 20, 30, 0)).save(tmp_path / "image.png")
     assert video.read_image(tmp_path / "image.png").getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_a_picture_taken_on_its_side_is_turned(tmp_path):
+    frame = np.zeros((8, 16, 3), np.uint8)
+    frame[:, :4] = 255  # left as stored, which the camera says is the top
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(frame).save(tmp_path / "photo.png", exif=exif)
+    turned = np.asarray(video.read_image(tmp_path / "photo.png"))
+    assert turned.shape == (16, 8, 3)
+    assert (turned[:4] == 255).all() and not turned[4:].any()
 
 
 def test_resize_keeps_proportions_and_centre():
