@@ -80,7 +80,7 @@ def _run(arguments: list[str]) -> bool:
 
 def _calibrate(args: argparse.Namespace, runs: Runs, target: Target, takes: TakeSets) -> Calibration:
     settings, reporter = runs.settings, runs.reporter
-    reporter.note(f"[bold]{settings.model}[/bold]: {target}, chosen on {len(takes.choosing)} prompts")
+    reporter.note(f": {target}, chosen on {len(takes.choosing)} prompts", head=settings.model)
 
     def note(cache: MotionCacheConfig, point: Point) -> None:
         reporter.note(f"{'all reused after warm-up' if point.threshold == NEVER else cache.tag}: {point}")
@@ -94,7 +94,7 @@ def _calibrate(args: argparse.Namespace, runs: Runs, target: Target, takes: Take
     if takes.held_out:
         held_out = runs.point(best.cache, takes.held_out, frames=True)
     found = Calibration(target, best, trials, held_out)
-    reporter.note(f"[bold]threshold {best.point.threshold:g}[/bold]: {best.point}")
+    reporter.note(f": {best.point}", head=f"threshold {best.point.threshold:g}")
     if held_out is not None:
         reporter.note(f"with {held_out.prompts} held-out prompts: {held_out}")
     if not found.reached:

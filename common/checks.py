@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -29,7 +30,8 @@ def check_keys(what: str, values: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Compare a value from YAML or a command line with a type hint (`int`, `float`, `str`, `bool`, `Literal`, unions).
+    """Compare a value from YAML or a command line with a type hint (`int`, finite `float`, `str`, `bool`, `Literal`,
+    tuples, unions).
 
     Raises:
         UserError: names the value and what the hint allows.
@@ -41,9 +43,11 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
-    """Raise a `UserError` unless `low <= value <= high`."""
-    if not value >= low or (high is not None and value > high):
-        allowed = f"{low:g} to {high:g}" if high is not None else f"at least {low:g}"
+    """Raise a `UserError` unless `low <= value <= high`; without `high`, any finite number from `low` on will do."""
+    if not low <= value < math.inf or (high is not None and value > high):
+        allowed = f"{_limit(low)} to {_limit(high)}" if high is not None else f"at least {_limit(low)}"
+        if value == math.inf:
+            allowed += ", and finite"
         raise UserError(f"{name}: {value!r} is outside its range; allowed: {allowed}")
 
 
@@ -53,6 +57,10 @@ def check_multiple(name: str, value: int, factor: int, why: str = "") -> None:
         below = value // factor * factor
         nearest = f"{below} or {below + factor}" if below else str(factor)
         raise UserError(f"{name}: {value} is not a multiple of {factor}{why}; use {nearest}")
+
+
+def _limit(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _is_union(hint: Any) -> bool:
@@ -68,7 +76,9 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_matches(item, get_args(hint)[0]) for item in value)
     if isinstance(value, bool) and hint is not bool:
         return False
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and -math.inf < value < math.inf
+    return isinstance(value, hint)
 
 
 def _in_words(hint: Any) -> str:
@@ -76,5 +86,5 @@ def _in_words(hint: Any) -> str:
         return " or ".join(repr(option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         return "a list, each of it " + _in_words(get_args(hint)[0])
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
     return words[hint]

@@ -9,12 +9,14 @@ from torch import Tensor
 from common.cache import ChunkStep, Compression, Engine, KVCache, MotionCacheConfig, Signals, Trace, Write
 from common.cache.policy import Policy
 from common.errors import UserError
+from common.patches import to_tokens
 from magi1_motioncache.captions import ChunkCaptions
 from magi1_motioncache.denoiser import ExactDenoiser
 from magi1_motioncache.kv_cache import ChunkView, OwnKeysOnly
 from magi1_motioncache.plan import ChunkCall, Pass, Role, SamplingPlan
 from magi1_motioncache.transformer import PATCH, ChunkInputs, Magi1Transformer3DModel
 
+BRANCHES = (*(branch.value for branch in Pass), Role.NEAR.value)
 LEAVE_NO_TRACE = (Role.NEAR.value, Pass.UNCOND.value)
 """Branches whose chunks no other chunk attends to."""
 
@@ -33,7 +35,7 @@ class CachedDenoiser(ExactDenoiser):
         policy: decides in place of the one that the config names.
 
     Raises:
-        UserError: the config measures a time modulation, which MAGI-1 does not have.
+        UserError: the config measures a time modulation, which MAGI-1 does not have, or keeps nothing for the policy.
     """
 
     def __init__(
@@ -46,10 +48,10 @@ class CachedDenoiser(ExactDenoiser):
         policy: Policy | None = None,
     ) -> None:
         super().__init__(transformer, captions, plan)
-        check_config(config)
+        if policy is None:
+            check_config(config)
         self.engine = Engine(config, Trace(keep_maps=keep_maps), policy)
-        # Passes that leave no trace for other chunks still attend to the keys of their own reused tokens.
-        self._keeps_own = config.token_level or policy is not None
+        self.engine.start_window()  # a policy may have seen another video
         self._latents: Tensor | None = None  # those that were prepared last
         self._announced: dict[ChunkCall, ChunkInputs] = {}
 
@@ -80,13 +82,17 @@ class CachedDenoiser(ExactDenoiser):
         with self.engine.trace.timed(latents.device):
             velocity = super().predict(call, latents)
         if call.role in (Role.CLEAN, Role.PREFIX):
-            start = call.chunk * self._chunk_tokens
-            self.caches[call.branch.value].freeze(start)
-            for branch in (call.branch.value, *LEAVE_NO_TRACE):
-                self.engine.release(call.chunk, branch)
-            for cache in (self.caches[name] for name in LEAVE_NO_TRACE if name in self.caches):
-                cache.drop_before(start + self._chunk_tokens)
+            self.caches[call.branch.value].freeze(call.chunk * self._chunk_tokens)
+            if call.branch is self.plan.keeping_pass:  # others may leave a clean chunk out
+                self._release_clean(call.chunk)
         return velocity
+
+    def _release_clean(self, chunk: int) -> None:
+        """Free what all passes still hold of a chunk besides the keys that stay."""
+        for branch in BRANCHES:
+            self.engine.release(chunk, branch)
+        for cache in (self.caches[name] for name in LEAVE_NO_TRACE if name in self.caches):
+            cache.drop_before((chunk + 1) * self._chunk_tokens)
 
     def run_blocks(self, call: ChunkCall, inputs: ChunkInputs) -> Tensor:
         """Block stack outputs of all tokens of the chunk, `[1, tokens, hidden]`: computed, reused, or some of each."""
@@ -98,14 +104,16 @@ class CachedDenoiser(ExactDenoiser):
             chosen = inputs if tokens is None else inputs.select(tokens)
             return self.transformer.run_blocks(chosen, self.keys_values(call, tokens, time))
 
-        signals = Signals(inputs.hidden, latents=_patches(self._latents) if self.engine.needs_latents else None)
+        patches = to_tokens(self._latents, (1, PATCH, PATCH)) if self.engine.needs_latents else None
+        signals = Signals(inputs.hidden, latents=patches)
         return self.engine.run_blocks(step, signals, blocks, role)
 
     def keys_values(
         self, call: ChunkCall, tokens: Tensor | None = None, time: float | None = None
     ) -> ChunkView | OwnKeysOnly:
         """What the chunk attends to (see `ExactDenoiser`)."""
-        if not self._keeps_own or _branch(call) not in LEAVE_NO_TRACE:
+        # Passes that leave no trace for other chunks still attend to the keys of their own reused tokens.
+        if not self.engine.selects_tokens or _branch(call) not in LEAVE_NO_TRACE:
             return super().keys_values(call, tokens, time)
         start = call.chunk * self._chunk_tokens
         return ChunkView(self.cache(_branch(call)), Write(start, self._chunk_tokens, tokens, time, seen_from=start))
@@ -147,9 +155,3 @@ def check_config(config: MotionCacheConfig) -> None:
     """Raise a `UserError` for a config that measures a time modulation, which MAGI-1 does not have."""
     if config.method != "exact" and config.distance == "modulation":
         raise UserError("distance: 'modulation' is not allowed, MAGI-1 has no time modulation; use 'input' or 'table'")
-
-
-def _patches(latents: Tensor) -> Tensor:
-    """`[batch, channels, frames, height, width]` cut into the model's patches, `[batch, tokens, channels * 4]`."""
-    x = latents.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))
-    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)

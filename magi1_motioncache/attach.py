@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.cache import MotionCacheConfig, Trace
+from common.cache import Engine, MotionCacheConfig, Trace
 from common.cache.policy import Policy
 from common.errors import UserError
 from magi1_motioncache.adapter import CachedDenoiser, check_config
@@ -48,13 +48,14 @@ def apply_motioncache(
         pipe: the pipeline.
         config: what to cache; `cache_preset` has the published settings.
         keep_maps: keep weights and masks of every step in the trace, for pictures.
-        policy: decides in place of the one that the config names; see `common.cache.policy.Policy`.
+        policy: decides in place of the one that the config names, one video at a time; see docs/new_model.md.
 
     Returns:
         A handle with the `trace` of the latest call.
 
     Raises:
-        UserError: the pipeline is of another kind or has a cache already, or the config does not suit MAGI-1.
+        UserError: the pipeline is of another kind or has a cache already, or the config does not suit MAGI-1 or the
+            policy.
 
     Example:
         >>> handle = apply_motioncache(pipe, cache_preset("slow"))
@@ -66,7 +67,9 @@ def apply_motioncache(
         raise UserError(f"{type(pipe).__name__} is not a MAGI-1 pipeline; load Magi1Pipeline")
     if isinstance(pipe.denoiser, MotionCacheHandle):
         raise UserError("this pipeline has a cache already; call remove_motioncache(pipe) first")
-    check_config(config)
+    if policy is None:
+        check_config(config)
+    Engine(config, policy=policy)  # refuses now what the first video's would
     handle = MotionCacheHandle(config, keep_maps, policy)
     pipe.denoiser = handle
     return handle

@@ -150,13 +150,6 @@ class Magi1Transformer3DModel(ModelMixin, ConfigMixin):
         """Channels of the latents outside the model."""
         return self.config.in_channels // 2 if self.config.half_channel_vae else self.config.in_channels
 
-    def to_mixed_precision(self, dtype: torch.dtype = torch.bfloat16) -> Magi1Transformer3DModel:
-        """Cast in place to `dtype`, all but the parts that stay fp32; returns the model."""
-        for name, parameter in self.named_parameters():
-            keep = not set(name.split(".")).isdisjoint(self._keep_in_fp32_modules)
-            parameter.data = parameter.data.to(torch.float32 if keep else dtype)
-        return self
-
     @apply_forward_hook
     def embed(self, latents: Tensor) -> Tensor:
         """Tokens of latents.

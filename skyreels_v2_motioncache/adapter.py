@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -20,6 +23,37 @@ from skyreels_v2_motioncache.polynomial import with_polynomial
 from skyreels_v2_motioncache.solver import with_host_coefficients
 
 HOOK = "motioncache"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What was put where in a pipeline, to be taken out again.
+
+    Attributes:
+        pipe: the pipeline; weak, because its transformer may outlive it in another one.
+        schedulers: its own, and the one in its place.
+        forward: the transformer's, the cache inside.
+    """
+
+    pipe: weakref.ref
+    schedulers: tuple[Any, Any]
+    forward: Callable
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Stands in for a method of a pipeline.
+
+    Attributes:
+        call: tells the hook, and calls the method.
+        own: what the pipeline had in place of its class's method, if anything.
+    """
+
+    call: Callable
+    own: Callable | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
 
 @dataclass
@@ -60,14 +94,14 @@ def apply_motioncache(
             `"fresh"` follows them and recomputes those chunks each time; `"frozen"` computes them once, with the noise
             of the first iteration.
         keep_maps: keep weights and masks of every step in the trace, for pictures.
-        policy: decides in place of the one that the config names; see `common.cache.policy.Policy`.
+        policy: decides in place of the one that the config names; see docs/new_model.md.
 
     Returns:
         A handle with the `trace` of the latest call.
 
     Raises:
-        UserError: the pipeline is of another kind, or has a cache already; the config needs a polynomial that is not
-            known for this model, or has settings that SkyReels-V2 cannot follow.
+        UserError: the pipeline is of another kind, or its transformer has a cache already; the config needs a
+            polynomial that is not known for this model, or has settings that SkyReels-V2 cannot follow.
 
     Example:
         >>> handle = apply_motioncache(pipe, MotionCacheConfig.preset("slow"))
@@ -90,12 +124,14 @@ def apply_motioncache(
             "reuse: 'update' is not allowed, SkyReels-V2's solver takes several outputs for a step; use 'residual' or "
             "'velocity'"
         )
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    if registry.get_hook(HOOK) is not None:
+    present = _hook_of(transformer)
+    if present is not None:
+        _check_owner(pipe, present)
         raise UserError("this pipeline has a cache already; call remove_motioncache(pipe) first")
     hook = MotionCacheHook(with_polynomial(config, transformer), prefix_noise, keep_maps, policy)
-    hook.schedulers = pipe.scheduler, with_host_coefficients(pipe.scheduler)
-    pipe.scheduler = hook.schedulers[1]
+    schedulers = pipe.scheduler, with_host_coefficients(pipe.scheduler)
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    pipe.scheduler = schedulers[1]
     offloaded, outermost = hasattr(transformer, "_hf_hook"), transformer.forward
     if offloaded:
         # Under accelerate's offloading, which the stock pipelines take off and put on again at the end of each call:
@@ -105,43 +141,69 @@ def apply_motioncache(
         # diffusers' search for the order of offloaded layers ends with taking itself out, and all hooks around it.
         registry.remove_hook(name)
     registry.register_hook(hook, HOOK)
-    hook.installed_forward = transformer.forward
+    installed = transformer.forward
     if offloaded:
-        transformer._old_forward, transformer.forward = hook.installed_forward, outermost
+        transformer._old_forward, transformer.forward = installed, outermost
     attention.install(transformer)
-    _listen(pipe, hook)
+    vars(pipe).update(_listeners(pipe, hook))
+    hook.attachment = Attachment(weakref.ref(pipe), schedulers, installed)
     return MotionCacheHandle(hook)
 
 
 def remove_motioncache(pipe: Any) -> None:
     """Detach the cache; the pipeline and its transformer are as they were before `apply_motioncache`.
 
+    What was exchanged meanwhile (scheduler, attention processors, methods of the pipeline) stays.
+
     Raises:
-        UserError: the pipeline has no cache.
+        UserError: the pipeline has no cache, or another one that shares its transformer was given it.
     """
-    registry = getattr(pipe.transformer, "_diffusers_hook", None)
-    if registry is None or registry.get_hook(HOOK) is None:
+    transformer = getattr(pipe, "transformer", None)
+    hook = _hook_of(transformer)
+    if hook is None:
         raise UserError("this pipeline has no cache to remove")
-    transformer = pipe.transformer
+    _check_owner(pipe, hook)
+    attached, registry, outermost = hook.attachment, transformer._diffusers_hook, transformer.forward
     attention.uninstall(transformer)
-    hook, outermost = registry.get_hook(HOOK), transformer.forward
-    stock, ours = hook.schedulers
-    if pipe.scheduler is ours:  # else it was exchanged meanwhile, and stays
+    stock, ours = attached.schedulers
+    if pipe.scheduler is ours:
         pipe.scheduler = stock
     registry.remove_hook(HOOK, recurse=False)
-    if getattr(transformer, "_old_forward", None) is hook.installed_forward:
+    if getattr(transformer, "_old_forward", None) is attached.forward:
         # accelerate's offloading was put around the cache: it stays, around the stock forward.
         transformer._old_forward, transformer.forward = transformer.forward, outermost
     if not registry.hooks:
         del transformer._diffusers_hook
     if transformer.__dict__.get("forward") == MethodType(type(transformer).forward, transformer):
         del transformer.forward
-    for name in ("check_inputs", "generate_timestep_matrix"):
-        del pipe.__dict__[name]
+    for name, listener in list(vars(pipe).items()):
+        if isinstance(listener, Listener):
+            del vars(pipe)[name]
+            if listener.own is not None:
+                vars(pipe)[name] = listener.own
 
 
-def _listen(pipe: Any, hook: MotionCacheHook) -> None:
-    """Hear of new videos and windows, from the two methods that every stock DF pipeline calls for each of them."""
+def _hook_of(transformer: Any) -> MotionCacheHook | None:
+    registry = getattr(transformer, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(HOOK)
+
+
+def _check_owner(pipe: Any, hook: MotionCacheHook) -> None:
+    owner = hook.attachment.pipe()
+    if owner is None or owner is pipe:
+        return
+    del owner
+    gc.collect()  # one that nobody uses any more, having made way for a pipeline of its parts, may still be around
+    owner = hook.attachment.pipe()
+    if owner is not None:
+        raise UserError(
+            f"the cache on this pipeline's transformer was applied to another one that shares it, a "
+            f"{type(owner).__name__}; call remove_motioncache on that one"
+        )
+
+
+def _listeners(pipe: Any, hook: MotionCacheHook) -> dict[str, Listener]:
+    """What hears of new videos and windows, around two methods that every stock DF pipeline calls for each of them."""
     check_inputs, make_matrix = pipe.check_inputs, pipe.generate_timestep_matrix
 
     def on_video(*args: Any, **kwargs: Any) -> None:
@@ -172,4 +234,5 @@ def _listen(pipe: Any, hook: MotionCacheHook) -> None:
         )
         return result
 
-    pipe.check_inputs, pipe.generate_timestep_matrix = on_video, on_window
+    calls = {"check_inputs": on_video, "generate_timestep_matrix": on_window}
+    return {name: Listener(call, vars(pipe).get(name)) for name, call in calls.items()}

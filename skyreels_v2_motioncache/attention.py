@@ -14,6 +14,7 @@ from torch import Tensor
 from common.attention import attend
 from common.cache import Write
 from common.cache.kv import LayerKV
+from common.errors import UserError
 
 
 @dataclass
@@ -136,9 +137,22 @@ def install(transformer) -> None:
 
 
 def uninstall(transformer) -> None:
-    """Give the stock processors back, with the attention backend that was chosen meanwhile."""
+    """Give the stock processors back, with the attention backend that was chosen meanwhile.
+
+    Processors that were put in the place of ours stay.
+    """
     for block in transformer.blocks:
         for attn in (block.attn1, block.attn2):
             cached = attn.processor
-            cached.stock._attention_backend = cached._attention_backend
-            attn.set_processor(cached.stock)
+            if isinstance(cached, _Processor):
+                cached.stock._attention_backend = cached._attention_backend
+                attn.set_processor(cached.stock)
+
+
+def check_installed(transformer) -> None:
+    """Raise a `UserError` if processors were exchanged since `install`: chunks cannot be told apart without ours."""
+    if not all(isinstance(attn.processor, _Processor) for b in transformer.blocks for attn in (b.attn1, b.attn2)):
+        raise UserError(
+            "the transformer's attention processors were exchanged while the cache was attached; call "
+            "remove_motioncache(pipe), then apply_motioncache again"
+        )

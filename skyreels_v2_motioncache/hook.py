@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
@@ -15,10 +14,13 @@ from torch import Tensor
 
 from common.cache import ChunkStep, Compression, Engine, KVCache, MotionCacheConfig, Signals, Staging, Trace, Write
 from common.cache.policy import Policy
+from common.patches import from_tokens, to_tokens
 from skyreels_v2_motioncache import attention
-from skyreels_v2_motioncache.patches import from_tokens, to_tokens
 from skyreels_v2_motioncache.plan import WindowPlan
 from skyreels_v2_motioncache.routing import Route, Stack, chunk_routing
+
+if TYPE_CHECKING:
+    from skyreels_v2_motioncache.adapter import Attachment
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,7 @@ class MotionCacheHook(ModelHook):
         self.branches = StateManager(BranchState)
         self.plan: WindowPlan | None = None
         self.route = Route()
-        self.installed_forward: Callable | None = None
-        self.schedulers: tuple[Any, Any] | None = None  # the pipeline's own, and the one in its place
+        self.attachment: Attachment | None = None
         self._window = -1
         self._staging: Staging | None = None
 
@@ -125,6 +126,7 @@ class MotionCacheHook(ModelHook):
             "attention_kwargs": attention_kwargs,
         }
         if branch.kv is None:
+            attention.check_installed(module)
             branch.kv = self._new_cache(module, hidden_states)
         self.route.text = branch.prompts[0].text if branch.prompts else None
         self.route.fps = fps

@@ -8,6 +8,7 @@ which waits as well. A step is a weighted sum of a few latents, though, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ Weights = dict[tuple[Any, ...], list[float]]
 class HostCoefficients:
     """To be put in front of `UniPCMultistepScheduler`, whose own formulas it evaluates on unit vectors.
 
-    A schedule is run from its first timestep on, or from where `set_begin_index` says.
+    A schedule is run from its first timestep on, or from where `set_begin_index` says. To whoever saves it, it is a
+    scheduler of the library's class.
     """
 
     _weights: Weights  # of the class: the pipelines copy their scheduler, and the copies share them
+    _library: type[UniPCMultistepScheduler]
 
     def multistep_uni_p_bh_update(self, model_output: Tensor, *, sample: Tensor, order: int) -> Tensor:
         """The next sample (see the base class)."""
@@ -50,6 +53,15 @@ class HostCoefficients:
             )
 
         return self._sum(of_units, [last_sample, this_model_output, *self._latest(order)], "correct")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A class that is made at run time cannot be found again by its name.
+        return object.__new__, (self._library,), self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostCoefficients:
+        copy = memo[id(self)] = type(self).__new__(type(self))
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
 
     def _init_step_index(self, timestep: Any) -> None:
         # The library looks the timestep up, for which it reads it from the GPU; the pipelines begin with the first.
@@ -85,5 +97,7 @@ def with_host_coefficients(scheduler: SchedulerMixin) -> SchedulerMixin:
     kind = type(scheduler)
     if not isinstance(scheduler, UniPCMultistepScheduler) or isinstance(scheduler, HostCoefficients):
         return scheduler
-    ours = type(f"HostCoefficients{kind.__name__}", (HostCoefficients, kind), {"_weights": {}})
+    # A saved pipeline names the classes of its parts: the library's, which whoever loads it has.
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__")}
+    ours = type(kind.__name__, (HostCoefficients, kind), {**names, "_weights": {}, "_library": kind})
     return ours.from_config(scheduler.config)

@@ -16,6 +16,7 @@ from diffusers import (
 )
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from common.cache import Engine, Staging
 from common.runs import REPOSITORY
 
 # Models this small gain nothing from more threads, and test processes run side by side.
@@ -98,6 +99,21 @@ def magi_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "magi-random"
     make_magi_pipeline().save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> list[Staging]:
+    """Main memory is elsewhere even for a model on the CPU; what `state_device` "cpu" makes of that."""
+    made = []
+
+    def new_staging(engine: Engine, device: torch.device) -> Staging | None:
+        if engine.config.state_device == "model":
+            return None
+        made.append(Staging(device))
+        return made[-1]
+
+    monkeypatch.setattr(Engine, "new_staging", new_staging)
+    return made
 
 
 @pytest.fixture(scope="session")

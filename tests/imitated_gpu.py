@@ -31,7 +31,7 @@ READS = {
 }
 """What makes the host wait. `tolist` reads as well, and gives no tensor."""
 ACROSS = {
-    *(Tensor.__getitem__, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as),
+    *(Tensor.__getitem__, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as),
     *(torch.promote_types, torch.result_type, Tensor.is_same_size, torch.is_same_size),
     *(torch._has_compatible_shallow_copy_type, Tensor.data.__set__),
 }
@@ -169,6 +169,8 @@ class ImitatedGpu(TorchFunctionMode):
                     there.fill_(float("nan"))
 
     def _check_places(self, func: Any, args: tuple, given: list[Tensor]) -> None:
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and not isinstance(args[0], OnGpu):
+            raise RuntimeError("indices of a tensor on the host are on the GPU")
         if func in ACROSS:
             return
         if func is Tensor.__setitem__:

@@ -217,13 +217,32 @@ def test_steps_as_the_unit_of_the_chunk_phase():
     assert set(decisions(engine)[6:]) == {"select"}
 
 
-@pytest.mark.parametrize("score", ["output_motion", "latent_motion", "input_change", "residual_change", "reuse_error"])
+SCORES = ["output_motion", "latent_motion", "input_change", "residual_change", "reuse_error", "random"]
+
+
+@pytest.mark.parametrize("score", SCORES)
 def test_every_score_gives_weights_between_alpha_and_one(score):
     engine, _ = drive(BASE.replace(score=score, budget=0.5), chunks=2)
     for chunk in range(2):
         weights = engine.state(chunk, "cond").weights
         assert weights.shape == (TOKENS,)
         assert weights.min() >= 0.6 - 1e-6 and weights.max() <= 1 + 1e-6
+
+
+def test_random_weights_depend_on_chunk_and_step_alone():
+    before = torch.get_rng_state()
+    policy = MotionCachePolicy(BASE.replace(score="random", chunk_phase=0))
+
+    def weights(chunk, step, branch):
+        state = Engine(policy.config).state(chunk, branch)
+        x = torch.randn(1, TOKENS, 6, generator=torch.Generator().manual_seed(step))
+        policy.observe(ChunkStep(0, step, chunk, branch, step, STEPS, 0.5, GRID, TOKENS), state, None, Signals(x), x)
+        return state.weights
+
+    assert weights(1, 5, "cond").equal(weights(1, 5, "uncond"))
+    assert not weights(1, 5, "cond").equal(weights(1, 6, "cond"))
+    assert not weights(1, 5, "cond").equal(weights(2, 5, "cond"))
+    assert torch.get_rng_state().equal(before)
 
 
 def test_residuals_are_reused():

@@ -44,6 +44,8 @@ def test_stock_model_at_paper_scale_is_113_pflops(paper_cost):
     forwards = 2 * sum(plan.iterations for plan in paper_windows())
     assert forwards == 270
     assert forwards * paper_cost.window_forward(5, 5 * TOKENS_PER_FRAME) / 1e15 == pytest.approx(113.4, abs=0.1)
+    masked_too = paper_cost.window_forward(1, 25 * TOKENS_PER_FRAME)
+    assert forwards * masked_too / 1e15 == pytest.approx(165.2, abs=0.1)
 
 
 def test_exact_mode_at_paper_scale(paper_cost):

@@ -7,9 +7,12 @@ from test_magi_adapter import CACHED
 
 from common.cache import MotionCacheConfig
 from common.errors import UserError
-from magi1_motioncache import ExactDenoiser, apply_motioncache, cache_preset, remove_motioncache
+from magi1_motioncache import ExactDenoiser, apply_motioncache, attach, cache_preset, remove_motioncache
+from magi1_motioncache.adapter import CachedDenoiser
 from magi1_motioncache.loading import place_pipeline
+from magi1_motioncache.plan import Role
 
+CHUNK = 8  # frames
 SIZE = {"height": 32, "width": 48, "num_frames": 24, "output_type": "latent"}
 
 
@@ -66,15 +69,54 @@ def test_a_denoiser_of_the_call_wins(pipe):
         remove_motioncache(pipe)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"state_device": "cpu"}, {"kv_budget": 1, "state_device": "cpu"}],
-    ids=["whole", "compressed"],
-)
-def test_where_the_state_is_kept_changes_nothing(pipe, changes):
-    kept = {name: value for name, value in changes.items() if name != "state_device"}
-    latents, _ = cached(pipe, CACHED.replace(**changes))
-    assert torch.equal(latents, cached(pipe, CACHED.replace(**kept))[0])
+@pytest.mark.parametrize("cfg_number", [1, 3])
+@pytest.mark.parametrize("kv_budget", [None, 1], ids=["whole", "compressed"])
+def test_where_the_state_is_kept_changes_nothing(cfg_number, kv_budget, staged):
+    # A chunk's first forwards attend to all six clean chunks, its later ones to fewer.
+    pipe = make_magi_pipeline(layers=3, cfg_number=cfg_number, window_size=2, noise2clean_kvrange=(6, 5))
+    pipe.set_progress_bar_config(disable=True)
+    latents, attended = {}, {}
+    for budget, device in ((None, "model"), (kv_budget, "model"), (kv_budget, "cpu")):
+        handle = apply_motioncache(pipe, CACHED.replace(kv_budget=budget, state_device=device))
+        latents[device] = generate(pipe, num_frames=7 * CHUNK, width=32)
+        attended[budget] = sum(record.kv_tokens for record in handle.trace.records)
+        remove_motioncache(pipe)
+    assert torch.equal(latents["cpu"], latents["model"])
+    assert staged and (attended[kv_budget] < attended[None]) == (kv_budget is not None)
+
+
+class Watched(CachedDenoiser):
+    """Notes what is held at each forward of a finished chunk, and remembers itself."""
+
+    made: list["Watched"] = []  # noqa: RUF012
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.held, self.seen = [], set()
+        self.made.append(self)
+
+    def predict(self, call, latents):
+        velocity = super().predict(call, latents)
+        if call.role is Role.CLEAN and call.branch is self.plan.keeping_pass:
+            self.held.append(self.engine.memory()["signals"] + self.engine.memory()["values"])
+        self.seen |= {len(self._captions), len(self._positions) - 1}  # of these, also a nearly clean copy's
+        return velocity
+
+
+@pytest.mark.parametrize("kvrange", [(4, 3, 2, 1), (1,)], ids=str)
+@pytest.mark.parametrize("cfg_number", [1, 3])
+def test_what_is_held_does_not_grow_with_the_video(cfg_number, kvrange, monkeypatch):
+    monkeypatch.setattr(attach, "CachedDenoiser", Watched)
+    pipe = make_magi_pipeline(cfg_number=cfg_number, window_size=2, noise2clean_kvrange=kvrange)
+    pipe.set_progress_bar_config(disable=True)
+    apply_motioncache(pipe, CACHED)
+    chunks = 10
+    generate(pipe, num_frames=chunks * CHUNK, height=32, width=32)
+    denoiser = Watched.made.pop()
+    assert len(denoiser.held) == chunks - 1 and len(set(denoiser.held[2:-1])) == 1
+    values = {chunk for (chunk, _), state in denoiser.engine._states.items() if state.buffer.last is not None}
+    assert values == {chunks - 1}
+    assert max(denoiser.seen) <= 1 + kvrange[0] + 2  # of no chunk, of the history and of two at work
 
 
 def test_misuse_is_named(pipe):

@@ -121,9 +121,7 @@ def test_too_little_main_memory_is_told(monkeypatch):
         layers = cache.open(Write(0, 2), rows)
         next(layers).update(rows, rows, Write(0, 2))
         monkeypatch.setattr(torch, "empty", refuse)
-        with pytest.raises(
-            UserError, match="main memory does not suffice for K/V .*out of memory.*state_device: model"
-        ):
+        with pytest.raises(UserError, match="main memory does not suffice .*out of memory.*state_device: model"):
             list(layers)
 
 
@@ -145,6 +143,8 @@ def test_what_a_gpu_refuses():
         ):
             with pytest.raises(RuntimeError, match="at one place"):
                 mixed()
+        with pytest.raises(RuntimeError, match="indices"):
+            here[torch.zeros(1, dtype=torch.long, device="cuda")]
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
         late = there.to("cpu", non_blocking=True)

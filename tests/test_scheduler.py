@@ -1,3 +1,4 @@
+import pickle
 from copy import deepcopy
 
 import numpy as np
@@ -85,6 +86,19 @@ def test_coefficients_from_the_host_give_the_same(kind, order):
     assert torch.equal(copied, found)
 
 
+def test_coefficients_are_those_of_all_levels_that_a_formula_reads():
+    ours = with_host_coefficients(UniPCMultistepScheduler(**CONFIG))
+    for first in (0.9, 0.8):  # the same levels follow
+        library = UniPCMultistepScheduler(**CONFIG)
+        expected = found = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        for scheduler in (library, ours):
+            scheduler.set_timesteps(sigmas=np.array([first, 0.6, 0.3, 0.1]))
+        for t in library.timesteps:
+            expected = library.step(expected.tanh(), t, expected, return_dict=False)[0]
+            found = ours.step(found.tanh(), t, found, return_dict=False)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_coefficients_are_worked_out_once_for_all_copies(monkeypatch):
     scheduler = with_host_coefficients(UniPCMultistepScheduler(**CONFIG))
     calls = []
@@ -101,6 +115,25 @@ def test_coefficients_are_worked_out_once_for_all_copies(monkeypatch):
         for t in copy.timesteps:
             x = copy.step(x, t, x, return_dict=False)[0]
     assert len(calls) == 5 and max(calls) <= 3  # of unit vectors
+
+
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, OriginalSigmasUniPC])
+def test_whoever_saves_a_scheduler_meets_the_librarys_class(kind, tmp_path):
+    ours = with_host_coefficients(kind(**CONFIG))
+    ours.set_timesteps(6)
+    sample = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    for t in ours.timesteps[:3]:
+        sample = ours.step(sample.tanh(), t, sample, return_dict=False)[0]
+    again, copy = pickle.loads(pickle.dumps(ours)), deepcopy(ours)
+    assert type(again) is kind and type(copy) is type(ours) is not kind
+    for t in ours.timesteps[3:]:  # all three go on from where it was
+        expected = ours.step(sample.tanh(), t, sample, return_dict=False)[0]
+        for scheduler in (again, copy):
+            torch.testing.assert_close(scheduler.step(sample.tanh(), t, sample, return_dict=False)[0], expected)
+        sample = expected
+    ours.save_pretrained(tmp_path)
+    assert type(kind.from_pretrained(tmp_path)) is kind
+    assert kind.from_pretrained(tmp_path).config["_class_name"] == kind.__name__
 
 
 def test_other_schedulers_are_left_alone():

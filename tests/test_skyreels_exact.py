@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from skyreels_random import LONG, random_pipeline
+from skyreels_random import LONG, TEXT_TOKENS, random_pipeline
 
 from common.cache import MotionCacheConfig
 from skyreels_v2_motioncache import apply_motioncache, hook, remove_motioncache, routing
@@ -47,6 +47,32 @@ def test_given_frames_equal_stock(kind, noise):
     assert errors(*random_pipeline(kind), **options) < TOLERANCE
 
 
+@pytest.mark.parametrize("options", [{"num_videos_per_prompt": 2}, {"prompts": 2}, {"guidance_scale": 1.0}], ids=str)
+def test_videos_of_a_batch_equal_stock(options):
+    pipe, call = random_pipeline()
+    if "prompts" in options:
+        prompts, negatives = torch.randn(2, 2, TEXT_TOKENS, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+        options = {"prompt_embeds": prompts, "negative_prompt_embeds": negatives}
+    first, *others = call(**options)
+    assert all((first - other).abs().max() > 0.1 for other in others)
+    assert errors(pipe, call, **options) < TOLERANCE
+    apply_motioncache(pipe, MotionCacheConfig(distance="input", budget=0.4, warmup_steps=2, chunk_phase=1))
+    cached = call(**options)
+    assert cached.shape == (1 + len(others), *first.shape) and torch.isfinite(cached).all()
+
+
+def test_a_prompt_that_is_exchanged_on_the_way_equals_stock():
+    other = torch.randn(1, TEXT_TOKENS, 16, generator=torch.Generator().manual_seed(3))
+
+    def exchange(pipe, i, t, tensors):
+        return {"prompt_embeds": other} if i == 4 else {}
+
+    names = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    pipe, call = random_pipeline()
+    assert (call(callback_on_step_end=exchange, **names) - call()).abs().max() > 0.1
+    assert errors(pipe, call, callback_on_step_end=exchange, **names) < TOLERANCE
+
+
 def test_synchronous_mode_equals_stock():
     assert errors(*random_pipeline(), ar_step=0) < TOLERANCE
 
@@ -75,9 +101,26 @@ def test_frozen_prefix_noise_is_close_but_cheaper():
     ],
     ids=str,
 )
-def test_a_policy_that_always_computes_equals_stock(config):
+def test_a_policy_that_always_computes_equals_stock(config, staged):
     always = MotionCacheConfig(distance="input", chunk_phase=1, warmup_steps=1).replace(**config)
     assert errors(*random_pipeline(), config=always, **LONG) < TOLERANCE
+    assert bool(staged) == ("state_device" in config)
+
+
+@pytest.mark.parametrize("kv_budget", [None, 1], ids=["whole", "compressed"])
+def test_where_the_state_is_kept_changes_nothing(kv_budget, staged):
+    pipe, call = random_pipeline()
+    latents, attended = {}, {}
+    for budget, device in ((None, "model"), (kv_budget, "model"), (kv_budget, "cpu")):
+        config = MotionCacheConfig(
+            distance="input", budget=0.4, warmup_steps=1, chunk_phase=0, kv_budget=budget, state_device=device
+        )
+        handle = apply_motioncache(pipe, config)
+        latents[device] = call(**LONG)
+        attended[budget] = sum(record.kv_tokens for record in handle.trace.records)
+        remove_motioncache(pipe)
+    assert torch.equal(latents["cpu"], latents["model"])
+    assert staged and (attended[kv_budget] < attended[None]) == (kv_budget is not None)
 
 
 def test_without_the_refresh_of_clean_chunks_it_fails(monkeypatch):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from magi_random import make_magi_pipeline
-from skyreels_random import random_pipeline
+from skyreels_random import LONG, random_pipeline
 
 from common.cache import ChunkStep, Engine, MotionCacheConfig, Signals
 from common.cache.kv_line import KeyValueLine
 from magi1_motioncache.adapter import CachedDenoiser
+from magi1_motioncache.attach import apply_motioncache as attach_magi
 from skyreels_v2_motioncache import apply_motioncache, remove_motioncache
 
 GRID = (2, 2, 4)
@@ -99,6 +100,47 @@ def test_passes_share_their_tokens_when_asked_to(how):
     _, shared = turning(config.replace(shared_selection=True), turns, branches=branches)
     assert shared[0, "cond"] == shared[0, "uncond"] == each[0, "cond"]
     assert any(isinstance(s, list) for s in shared[0, "cond"])
+
+
+def again_with_some(monkeypatch) -> list[float]:
+    """Lets the engine run some of a chunk's tokens again behind each step that computed all; the differences."""
+    found, run_blocks = [], Engine.run_blocks
+
+    def twice(engine, step, signals, blocks, role="denoise"):
+        outputs = run_blocks(engine, step, signals, blocks, role)
+        some = torch.arange(1, step.tokens, 3)
+        again = blocks(signals.inputs.index_select(1, some), some)
+        found.append((again - outputs[:, some]).abs().max().item())
+        return outputs
+
+    monkeypatch.setattr(Engine, "run_blocks", twice)
+    return found
+
+
+ALL = MotionCacheConfig(distance="input", threshold=0.0, alpha=0.5, warmup_steps=1, score="input_change")
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "options"),
+    [("t2v", 2, {}), ("t2v", 2, LONG), ("i2v", 2, {"addnoise_condition": 20}), ("t2v", 1, {})],
+    ids=["a window", "windows", "a chunk of two noise levels", "one chunk"],
+)
+def test_selected_tokens_of_skyreels_are_computed_as_among_all(kind, block, options, monkeypatch):
+    pipe, call = random_pipeline(kind, block)
+    apply_motioncache(pipe, ALL)
+    found = again_with_some(monkeypatch)
+    call(**options)
+    assert found and max(found) < 1e-4
+
+
+@pytest.mark.parametrize("cfg_number", [1, 3])
+def test_selected_tokens_of_magi_are_computed_as_among_all(cfg_number, monkeypatch):
+    pipe = make_magi_pipeline(num_steps=4, cfg_number=cfg_number, window_size=2, noise2clean_kvrange=(2,))
+    pipe.set_progress_bar_config(disable=True)
+    attach_magi(pipe, ALL)
+    found = again_with_some(monkeypatch)
+    pipe("a red circle", height=32, width=48, num_frames=32, output_type="latent")
+    assert found and max(found) < 1e-4
 
 
 LINE = {

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from benchmarks.speed.instruments import Part
-from benchmarks.speed.subject import WHOLE, Mode, Session, compiled_parts, engine_parts, mixed_precision
+from benchmarks.speed.subject import WHOLE, Mode, Session, compiled_parts, engine_parts
 from common.cache import MotionCacheConfig, Record, Trace
 from common.errors import UserError
+from common.precision import to_mixed_precision
 from magi1_motioncache import attention
 from magi1_motioncache.adapter import CachedDenoiser
 from magi1_motioncache.captions import ChunkCaptions
@@ -92,7 +93,8 @@ class Magi:
         self._device = device
         torch.manual_seed(0)
         with device:
-            self.transformer = mixed_precision(Magi1Transformer3DModel(**sizes["transformer"]), dtype)
+            model = to_mixed_precision(Magi1Transformer3DModel(**sizes["transformer"]), dtype)
+            self.transformer = model.eval().requires_grad_(False)
             self._caption = torch.randn(self._text_tokens, self.transformer.config.caption_channels)
         self.video_iterations = self._video().total_iterations
 

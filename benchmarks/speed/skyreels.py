@@ -10,10 +10,11 @@ import torch
 from diffusers import SkyReelsV2DiffusionForcingPipeline, SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
 
 from benchmarks.speed.instruments import Part
-from benchmarks.speed.subject import WHOLE, Mode, Session, compiled_parts, engine_parts, mixed_precision
+from benchmarks.speed.subject import WHOLE, Mode, Session, compiled_parts, engine_parts
 from common.cache import MotionCacheConfig, Record
 from common.cache.kv import LayerKV
 from common.errors import UserError
+from common.precision import to_mixed_precision
 from skyreels_v2_motioncache import apply_motioncache, attention, remove_motioncache
 from skyreels_v2_motioncache.cost import model_cost
 from skyreels_v2_motioncache.plan import WindowPlan
@@ -83,7 +84,8 @@ class SkyReels:
         self.name = sizes["name"]
         torch.manual_seed(0)
         with device:
-            self.transformer = mixed_precision(SkyReelsV2Transformer3DModel(**sizes["transformer"]), dtype)
+            model = to_mixed_precision(SkyReelsV2Transformer3DModel(**sizes["transformer"]), dtype)
+            self.transformer = model.eval().requires_grad_(False)
             text = (1, sizes["text_tokens"], self.transformer.config.text_dim)
             self._prompts = [torch.randn(text, dtype=dtype) for _ in self.branches]
         scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=8.0)

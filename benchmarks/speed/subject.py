@@ -145,11 +145,3 @@ def paper_share(subject: Subject) -> float:
     if not 0 < share < 1:
         raise ValueError(f"{subject.name}: no share of tokens gives {target:.3g} FLOPs")
     return share
-
-
-def mixed_precision(model: ModelMixin, dtype: torch.dtype = torch.bfloat16) -> ModelMixin:
-    """Cast in place as a checkpoint is loaded: all but `_keep_in_fp32_modules`. Weights stay as they were drawn."""
-    for name, parameter in model.named_parameters():
-        keep = not set(name.split(".")).isdisjoint(model._keep_in_fp32_modules)
-        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
-    return model.eval().requires_grad_(False)

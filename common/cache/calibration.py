@@ -35,8 +35,8 @@ class StepChange:
 class ChangeRecorder(ExactPolicy):
     """A policy that computes everything and notes what a perfect distance would have said.
 
-    Put it in place of a config's policy for one exact run; `samples` then holds one entry per chunk, guidance pass and
-    step after the first.
+    Put it in place of a caching config's policy for one run, which it makes exact; `samples` then holds one entry per
+    chunk, guidance pass and step after the first. With `method="exact"` nothing would be told to it; that is refused.
     """
 
     samples: list[StepChange] = field(default_factory=list)
@@ -65,7 +65,7 @@ class ChangeRecorder(ExactPolicy):
         if step.step == step.num_steps - 1:
             self._last.pop(key, None)  # a long video has many chunks, few of them at work
         else:
-            self._last[key] = step.step, residual, inputs.clone(), modulation
+            self._last[key] = step.step, residual, inputs, modulation
 
 
 @dataclass

@@ -64,8 +64,9 @@ class MotionCacheConfig:
             number of steps it is resampled.
         score: what the weights are made of: `"output_motion"` (inter-frame difference of the block stack's outputs),
             `"latent_motion"` (of the noisy latents), `"input_change"` (the token's own input since it was last
-            computed), `"residual_change"` (relative change of its cached value when last measured) or `"reuse_error"`
-            (mean absolute error that reusing it would have made then).
+            computed), `"residual_change"` (relative change of its cached value when last measured), `"reuse_error"`
+            (mean absolute error that reusing it would have made then) or `"random"` (a number drawn anew at every step
+            of a chunk, the same in all its guidance passes and in every run: what choosing well is compared with).
         reuse: what a reused token takes from the cache: `"residual"` (block stack output minus input), `"velocity"`
             (the model's output) or `"update"` (output times step size, `x_new - x_old` of an Euler step: reused
             unchanged it carries the old step's size along).
@@ -109,7 +110,9 @@ class MotionCacheConfig:
     distance: Literal["modulation", "input", "table"] = "modulation"
     polynomial: tuple[float, ...] | None = None
     distance_table: tuple[float, ...] | None = None
-    score: Literal["output_motion", "latent_motion", "input_change", "residual_change", "reuse_error"] = "output_motion"
+    score: Literal["output_motion", "latent_motion", "input_change", "residual_change", "reuse_error", "random"] = (
+        "output_motion"
+    )
     reuse: Literal["residual", "velocity", "update"] = "residual"
     extrapolation: Literal["hold", "sigma", "logsnr"] = "hold"
     extrapolation_weight: float = 1.0

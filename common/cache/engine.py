@@ -57,20 +57,24 @@ class Engine:
     Args:
         config: what to cache and when.
         trace: where to record; a new one by default.
-        policy: decides in place of the one that the config names, for instance to measure something.
+        policy: decides in place of the one that the config names, for instance to measure something. Of the config it
+            leaves what is reused and how, and where it is kept.
 
     Raises:
-        UserError: the config measures the time modulation, and no polynomial is known for the model.
+        UserError: the config measures the time modulation, and no polynomial is known for the model; or a policy is
+            given beside `method="exact"`.
     """
 
     def __init__(self, config: MotionCacheConfig, trace: Trace | None = None, policy: Policy | None = None) -> None:
-        if config.method != "exact" and config.distance == "modulation" and config.polynomial is None:
+        if policy is not None and config.method == "exact":
             raise UserError(
-                "distance: 'modulation' needs a polynomial and none is known for this model; set polynomial "
-                "([1, 0] takes the change as it is), or distance 'input' or 'table'"
+                "method: 'exact' keeps nothing that a policy of your own could reuse or learn from; use 'motioncache' "
+                "beside it"
             )
         self.config = config
-        self.policy = policy or POLICIES[config.method](config)
+        self.policy = POLICIES[config.method](config) if policy is None else policy
+        self.selects_tokens = config.token_level or policy is not None
+        """Whether tokens of one chunk may be treated differently: never with `method="exact"`."""
         self.trace = trace or Trace()
         self._watched: list[HoldsMemory] = []
         self._states: dict[tuple[int, str], ChunkState] = {}
@@ -81,7 +85,7 @@ class Engine:
     @property
     def needs_latents(self) -> bool:
         """Whether `Signals.latents` must be given."""
-        return self._caches and self.config.token_level and self.config.score == "latent_motion"
+        return self.selects_tokens and self.config.score == "latent_motion"
 
     @property
     def reuses_outputs(self) -> bool:
@@ -115,7 +119,7 @@ class Engine:
     def new_line(self) -> KeyValueLine | None:
         """What extends K/V of one guidance pass of this window, counted in `memory`; None if nothing does."""
         cfg = self.config
-        if not (self._caches and cfg.token_level and cfg.kv_extrapolation):
+        if not (self.selects_tokens and cfg.kv_extrapolation):
             return None
         line = KeyValueLine(self._order, cfg.extrapolation_weight, self._storage)
         self.watch(line)
@@ -137,7 +141,8 @@ class Engine:
         key = (chunk, branch)
         if key not in self._states:
             cfg = self.config
-            buffer = ReuseBuffer(self._order, measure=MEASURED.get(cfg.score), weight=cfg.extrapolation_weight)
+            measure = MEASURED.get(cfg.score) if self.selects_tokens else None
+            buffer = ReuseBuffer(self._order, measure=measure, weight=cfg.extrapolation_weight)
             self._states[key] = ChunkState(buffer)
         return self._states[key]
 
@@ -226,7 +231,7 @@ class Engine:
             inputs = _rows(signals.inputs, tokens)
             values = computed * scale if self.reuses_outputs else computed - inputs
             state.buffer.store(values, self.time(step), tokens)
-            if self.config.score == "input_change":
+            if self.selects_tokens and self.config.score == "input_change":
                 if tokens is None:
                     state.last_input = inputs.clone()
                 else:

@@ -82,7 +82,7 @@ class LayerKV:
             rows = seen[:, -write.length :]
             if tokens is None:
                 rows.copy_(new)
-            elif torch.compiler.is_compiling():  # of the other form PyTorch's compiler makes a copy of all rows and back
+            elif torch.compiler.is_compiling():  # PyTorch's compiler would copy all rows for the other form
                 seen[:, tokens + (seen.shape[1] - write.length)] = new
             else:
                 rows.index_copy_(1, tokens, new)

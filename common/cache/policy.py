@@ -13,6 +13,7 @@ from common.cache import distance, mask, motion
 from common.cache.config import MotionCacheConfig
 from common.cache.residual import ReuseBuffer
 from common.cache.trace import Decision
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ChunkStep:
 
 @dataclass(frozen=True)
 class Signals:
-    """What can be measured before anything is computed.
+    """What can be measured before anything is computed. Nothing changes these tensors afterwards: they can be kept.
 
     Attributes:
         inputs: `[batch, tokens, channels]`, the tokens as they enter the block stack.
@@ -155,6 +156,15 @@ class ExactPolicy:
         pass
 
 
+def check_distance(config: MotionCacheConfig) -> None:
+    """Raise a `UserError` for a config whose `measured_change` lacks a polynomial."""
+    if config.distance == "modulation" and config.polynomial is None:
+        raise UserError(
+            "distance: 'modulation' needs a polynomial and none is known for this model; set polynomial "
+            "([1, 0] takes the change as it is), or distance 'input' or 'table'"
+        )
+
+
 def measured_change(config: MotionCacheConfig, active: Sequence[Announcement]) -> Tensor | float:
     """Δ between the last step and this one, of all the given chunks taken together; remembers the signals.
 
@@ -171,7 +181,7 @@ def measured_change(config: MotionCacheConfig, active: Sequence[Announcement]) -
         signal = signals.modulation if config.distance == "modulation" else signals.inputs
         if signal is None:
             raise ValueError("this model has no time modulation; use distance 'input' or 'table'")
-        previous, state.previous_signal = state.previous_signal, signal.detach().clone()
+        previous, state.previous_signal = state.previous_signal, signal
         if previous is not None:
             pairs.append((signal, previous))
     if not pairs:
@@ -182,11 +192,18 @@ def measured_change(config: MotionCacheConfig, active: Sequence[Announcement]) -
 
 @dataclass
 class MotionCachePolicy(ExactPolicy):
-    """MotionCache (arXiv 2605.01725), coarse to fine; with α = 1 it stays coarse and is FlowCache's decision."""
+    """MotionCache (arXiv 2605.01725), coarse to fine; with α = 1 it stays coarse and is FlowCache's decision.
 
-    config: MotionCacheConfig = field(default_factory=MotionCacheConfig)
+    Raises:
+        UserError: the config measures the time modulation and has no polynomial.
+    """
+
+    config: MotionCacheConfig
     _first_chunk: int | None = field(default=None, init=False)  # the first of the window that is denoised
     _led: dict[int, tuple[int, Choice]] = field(default_factory=dict, init=False)  # a chunk's newest shared choice
+
+    def __post_init__(self) -> None:
+        check_distance(self.config)
 
     def start_window(self) -> None:
         self._first_chunk = None
@@ -269,9 +286,9 @@ class MotionCachePolicy(ExactPolicy):
 
     def _by_threshold(self, step: ChunkStep, state: ChunkState, threshold: float) -> Choice:
         cfg = self.config
+        if state.weights is None:  # all tokens stand at the same value, which is the host's if a table tells it
+            return FULL if bool(state.since >= threshold) else REUSE
         wanted = state.accumulated >= threshold
-        if state.weights is None:  # all tokens stand at the same value
-            return FULL if bool(wanted[0]) else REUSE
         if cfg.temporal_vote:
             wanted = mask.temporal_vote(wanted, step.grid[0])
         count = int(wanted.sum())  # the one read from the device
@@ -320,6 +337,9 @@ class MotionCachePolicy(ExactPolicy):
             last = state.last_input.float()
             moved = (signals.inputs.float() - last).abs().mean(dim=(0, 2))
             scores = moved / (last.abs().mean(dim=(0, 2)) + 1e-8)
+        elif cfg.score == "random":
+            generator = torch.Generator().manual_seed((step.window << 40) + (step.chunk << 20) + step.step)
+            scores = torch.rand(step.tokens, generator=generator)
         else:
             previous = neighbour.last_frame if neighbour is not None else None
             if cfg.score == "latent_motion":

@@ -17,6 +17,7 @@ from common.cache.policy import (
     ChunkStep,
     ExactPolicy,
     Signals,
+    check_distance,
     measured_change,
 )
 
@@ -28,12 +29,18 @@ class TeaCachePolicy(ExactPolicy):
     The first `warmup_steps` iterations of a window are computed. A chunk that has nothing cached yet is computed by
     itself at an iteration that reuses, as the public code for MAGI-1 does; the public code for SkyReels-V2 runs chunks
     that have not begun along with the others, so there they have something to reuse from the start.
+
+    Raises:
+        UserError: the config measures the time modulation and has no polynomial.
     """
 
     config: MotionCacheConfig
     joint = True
     _accumulated: dict[str, Tensor | float] = field(default_factory=dict)
     _computes: bool = True
+
+    def __post_init__(self) -> None:
+        check_distance(self.config)
 
     def start_window(self) -> None:
         self._accumulated.clear()
