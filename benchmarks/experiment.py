@@ -29,7 +29,7 @@ from common.compare import EXACT, STOCK
 from common.errors import UserError
 from common.files import read_yaml
 from common.runs import REPOSITORY
-from common.settings import RunSettings
+from common.settings import LARGEST_SEED, RunSettings
 from training import procedural
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -102,7 +102,7 @@ class Experiment:
                 raise UserError(f"experiment {str(path)!r} needs '{key}: ...'; see an example in configs/experiments/")
         seed = values.get("seed", 0)
         check_type("seed", seed, int)
-        check_range("seed", seed, 0)
+        check_range("seed", seed, 0, LARGEST_SEED)
         config = REPOSITORY / values["config"]
         settings = load_settings(config)
         if settings.kind != "text":

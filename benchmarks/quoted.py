@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from common.files import parse_yaml
 
 FILE = Path(__file__).with_name("quoted.yaml")
 
@@ -31,5 +31,5 @@ class Quoted:
 
 def load_quoted(family: str) -> list[Quoted]:
     """All quoted tables of a model."""
-    tables = [Quoted(**entry) for entry in yaml.safe_load(FILE.read_text(encoding="utf-8"))]
+    tables = [Quoted(**entry) for entry in parse_yaml(FILE.read_text(encoding="utf-8"))]
     return [table for table in tables if table.family == family]

@@ -92,7 +92,7 @@ def _parser() -> Parser:
 
 def _announce(plan: Plan, reporter: Reporter, command: str) -> None:
     experiment = plan.experiment
-    reporter.note(f"[bold]{experiment.settings.model}[/bold], {experiment.path.name}: {_standing(plan)}")
+    reporter.note(f", {experiment.path.name}: {_standing(plan)}", head=experiment.settings.model)
     stems = [prompt.stem for prompt in experiment.prompts]
     facts = {"experiment": str(experiment.path), "command": command, "methods": list(experiment.methods)}
     write_json(plan.folder.root / "experiment.json", {**facts, "stems": stems})

@@ -24,8 +24,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.settings import RunSettings
 from common.video import write_lossless, write_video
-from magi1_motioncache.convert import AUTOENCODER, TEXT_ENCODER
-from magi1_motioncache.folders import published_name, published_root
+from magi1_motioncache.folders import AUTOENCODER, TEXT_ENCODER, published_name, published_root
 
 VIDEO, LOSSLESS, TRACE, SUMMARY, SCORES, ERROR = ".mp4", ".mkv", ".trace.json", ".json", ".scores.json", ".error.txt"
 CONTENTS = (VIDEO, LOSSLESS, TRACE)

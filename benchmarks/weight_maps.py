@@ -78,7 +78,7 @@ def weights_figure(trace: Trace, window: int, chunk: int, frames: np.ndarray, ti
             axis.imshow(weights, cmap="viridis", norm=scale, interpolation="nearest", extent=(0, width, height, 0))
         axes[row * len(frames)].set_ylabel(f"step {step.record.step}")
     figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label="motion weight", shrink=0.6)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
+from common.files import parse_yaml
 
 Path = tuple[str, ...]
 WIDTH = 116
@@ -41,7 +42,7 @@ def set_values(text: str, values: Mapping[Path, Any], comments: Mapping[Path, st
     Raises:
         UserError: a value cannot be changed alone, because an alias or a merge key shares it.
     """
-    wanted = copy.deepcopy(yaml.safe_load(text))
+    wanted = copy.deepcopy(parse_yaml(text))
     for path, value in values.items():
         node = wanted
         for key in path[:-1]:
@@ -51,7 +52,7 @@ def set_values(text: str, values: Mapping[Path, Any], comments: Mapping[Path, st
     try:
         for path, value in values.items():
             text = _set(text, path, value, (comments or {}).get(path))
-        changed = yaml.safe_load(text)
+        changed = parse_yaml(text)
     except yaml.YAMLError:
         changed = None
     if changed != wanted:
@@ -104,7 +105,7 @@ def _written(value: Any, text: str, old: str, index: int) -> str:
 
 
 def _read(text: str, path: Path) -> Any:
-    value = yaml.safe_load(text)
+    value = parse_yaml(text)
     for key in path:
         value = (value or {}).get(key)
     return value

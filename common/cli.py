@@ -15,10 +15,11 @@ import yaml
 
 from common.checks import near_miss
 from common.errors import UserError
+from common.files import parse_yaml
 from common.settings import PRESETS, SettingsFiles, method_name
+from common.starting import EXIT_INTERRUPTED
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 class Interrupted(Exception):
@@ -108,7 +109,9 @@ def add_run_options(parser: Parser, frames: str, model: str, without: str) -> Op
     what.add_argument("--seed", type=whole_number, metavar="N", help="seed of the noise")
     how = parser.add_argument_group("how to make it")
     how.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: slow)")
-    how.add_argument("--config", type=Path, metavar="FILE", help="YAML file of all settings, see configs/")
+    how.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of all settings, see configs/, or a run's summary.json"
+    )
     how.add_argument("--model", metavar="ID_OR_PATH", help=model)
     how.add_argument("--steps", type=whole_number, metavar="N", help="denoising steps")
     how.add_argument(
@@ -120,7 +123,10 @@ def add_run_options(parser: Parser, frames: str, model: str, without: str) -> Op
     )
     where = parser.add_argument_group("where")
     where.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for results (outputs/<time>-<model>-<method>)"
+        "--output",
+        type=folder,
+        metavar="DIR",
+        help="folder for results (outputs/<time>-<model>-<method>); those of an earlier run move to DIR/earlier-<n>",
     )
     where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     where.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16")
@@ -157,6 +163,13 @@ def _options(args: argparse.Namespace, files: SettingsFiles) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(files.settings)} - {"model"}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     return {**given, **dict(parse_assignment(text) for text in args.set)}
+
+
+def folder(text: str) -> Path:
+    """An option's value as a folder. An empty one, of an unset variable of the shell, is not taken for this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names no folder; give one, or . for this one")
+    return Path(text)
 
 
 def whole_number(text: str) -> int:
@@ -196,7 +209,7 @@ def parse_assignment(text: str) -> tuple[str, object]:
     if not equals or not key:
         raise UserError(f"--set {text!r} is not of the form KEY=VALUE, as in --set cache.threshold=0.15")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), parse_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {text!r}: the value is not valid YAML; put text with ':' or '[' in quotes") from error
 

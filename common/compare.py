@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +17,10 @@ from common.runs import Stage
 EXACT = "exact"
 STOCK = "stock"
 OnStageFrames = Callable[[str, np.ndarray], None]
+
+
+class NotFiniteError(ArithmeticError):
+    """The model's numbers have left the range of its dtype."""
 
 
 @dataclass
@@ -56,6 +59,9 @@ def compare(
         reporter: shows progress.
         on_frames: called with a stage's name and its video's next frames as soon as they are there, given frames first.
         only_method: leave the stages out that are only compared with.
+
+    Raises:
+        NotFiniteError: a stage's latents or frames hold what is no number.
     """
     done = Comparison()
     stock_latents = exact_latents = None
@@ -88,7 +94,7 @@ def _stock(
         done.videos[STOCK] = result.frames
     else:
         with reporter.stage(f"stock, {measured} of {total}", measured) as advance:
-            seconds = stock.seconds(generator.run(advance, stop_after=measured))
+            seconds = stock.seconds(_finite(STOCK, generator.run(advance, stop_after=measured)))
     done.stages.append(Stage(STOCK, seconds, stock.flops, stock.tokens, measured))
     return result.latents.cpu() if measured is None else None
 
@@ -121,12 +127,24 @@ def _cached(
 def _made(generator: Generator, name: str, reporter: Reporter, on_frames: OnStageFrames) -> Denoised:
     """A whole run with its frames, after one iteration that pays for what is set up at first use."""
     with reporter.busy(f"{name}: warming up"):
-        generator.run(stop_after=1)
+        _finite(name, generator.run(stop_after=1))
+
+    def hand_over(frames: np.ndarray) -> None:
+        if not np.isfinite(frames).all():
+            raise NotFiniteError(f"{name}: frames are not finite")
+        on_frames(name, frames)
+
     with reporter.stage(name, generator.total_iterations) as advance:
-        result = generator.run(advance, on_frames=partial(on_frames, name))
+        result = _finite(name, generator.run(advance, on_frames=hand_over))
     if result.frames is not None:
         return result
     with reporter.busy(f"{name}: decoding"):
         frames = generator.decode(result.latents)
-        on_frames(name, generator.with_given(frames))
+        hand_over(generator.with_given(frames))
     return replace(result, frames=frames)
+
+
+def _finite(name: str, result: Denoised) -> Denoised:
+    if not result.latents.isfinite().all():
+        raise NotFiniteError(f"{name}: the latents are not finite after iteration {len(result.iteration_seconds)}")
+    return result

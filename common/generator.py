@@ -137,7 +137,7 @@ class Generator(ABC):
 
 def unknown_words_warning(tokenizer: Any, prompt: str) -> list[str]:
     """One line on the words of a prompt that the model's tokenizer has no token for, if there are any."""
-    words = re.findall(r"\w+", prompt)
+    words = dict.fromkeys(re.findall(r"\w+", prompt))
     unknown = [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False).input_ids]
     if not unknown:
         return []

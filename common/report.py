@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +16,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from common.cache import Record, Trace
 from common.cache.trace import StepMaps
@@ -34,7 +39,8 @@ def stage_table(stages: list[Stage], tokens_total: int, title: str, compiled: bo
         title: line over the table.
         compiled: whether blocks were compiled, as far as that fell into the times.
     """
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title = Text(title, style="table.title")  # a path may hold what rich takes for markup
     table.add_column("", overflow="fold", min_width=16)
     stock, exact = find_stage(stages, "stock"), find_stage(stages, "exact")
     against_stock = () if stock is None else ("vs\nstock",)
@@ -43,7 +49,7 @@ def stage_table(stages: list[Stage], tokens_total: int, title: str, compiled: bo
     for stage in stages:
         estimated = "" if stage.measured_iterations is None else "≈"
         table.add_row(
-            stage.name,
+            Text(stage.name),
             scaled(stage.tokens_computed),
             f"{100 * stage.tokens_computed / tokens_total:.0f} %",
             scaled(stage.flops),
@@ -83,6 +89,15 @@ def pick_chunk(trace: Trace) -> tuple[int, int]:
     return max(selects, key=lambda key: (selects[key], key))
 
 
+@contextmanager
+def _missing_glyphs_allowed() -> Iterator[None]:
+    """No warnings about characters that the font lacks: `summary.json` has the whole prompt."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font")
+        yield
+
+
+@_missing_glyphs_allowed()
 def motion_picture(path: Path, trace: Trace, window: int, chunk: int, frames: np.ndarray, title: str) -> None:
     """Draw a chunk's decoded frames, and under them, for a few steps, motion weights and what was computed.
 
@@ -91,7 +106,7 @@ def motion_picture(path: Path, trace: Trace, window: int, chunk: int, frames: np
         trace: recorded with `keep_maps=True`.
         window, chunk: which chunk to show; `pick_chunk` names a telling one.
         frames: `[frames of the chunk, height, width, 3]`, one decoded frame for each of its latent frames.
-        title: line over the picture.
+        title: line over the picture; cut to its width, with boxes for what its font lacks.
     """
     steps = _pick_steps([m for m in trace.maps if (m.record.window, m.record.chunk) == (window, chunk)])
     frames = to_uint8(frames)
@@ -115,7 +130,7 @@ def motion_picture(path: Path, trace: Trace, window: int, chunk: int, frames: np
         wspace=0.06,
         hspace=0.1,
     )
-    figure.suptitle(title, x=0.02, y=1 - 0.12 / figure.get_figheight(), ha="left", va="top", fontsize=11)
+    _write_title(figure, title)
     for column in range(count):
         axes = figure.add_subplot(grid[0, 2 * column : 2 * column + 2])
         axes.imshow(frames[column])
@@ -181,6 +196,21 @@ def _marked(frame: np.ndarray, computed: np.ndarray) -> np.ndarray:
 def _describe(record: Record) -> str:
     share = 100 * record.tokens / record.tokens_total
     return f"step {record.step}\n{record.decision}\n{share:.0f} % computed"
+
+
+def _write_title(figure: Figure, title: str) -> None:
+    """The title in one line, as long a part of it as the figure is wide."""
+    title = " ".join(title.split())
+    place = {"x": 0.02, "y": 1 - 0.12 / figure.get_figheight(), "ha": "left", "va": "top"}
+    text = figure.suptitle(title, **place, fontsize=11, parse_math=False)
+    edge = 0.99 * figure.bbox.x1
+
+    def end_of(count: int) -> float:
+        text.set_text(title[:count].rstrip() + "…")
+        return text.get_window_extent().x1
+
+    if text.get_window_extent().x1 > edge:
+        end_of(bisect_right(range(len(title)), edge, key=end_of) - 1)
 
 
 def _row_label(figure: Figure, axes, left: float, text: str) -> None:

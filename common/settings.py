@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
@@ -17,8 +18,13 @@ CONFIGS = REPOSITORY / "configs"
 PAPERS = ("slow", "fast")
 """The papers' settings of a method; other methods have them too."""
 STEMS = ("exact", *PAPERS, "best")
+DEFAULT_SIZE = "tiny"
 VARIANTS: dict[str, dict[str, Any]] = {"flowcache": {"alpha": 1.0}, "teacache": {"method": "teacache"}}
 """What other methods change in a file's cache settings, unless its `variants` say otherwise."""
+WITHOUT_EFFECT = ("cache.state_device",)
+"""Cache settings that say where something is, and change nothing in a video."""
+LARGEST_SEED = 2**64 - 1
+"""What PyTorch's generators take."""
 PRESETS = (*STEMS, *(f"{variant}-{stem}" for variant in VARIANTS for stem in PAPERS))
 Kind = Literal["text", "image", "video"]
 """What a video is made from besides the prompt."""
@@ -32,7 +38,7 @@ class RunSettings:
         model: folder in the diffusers layout, or another name that the model's package understands.
         prompt: what to show.
         image: file that the video starts with.
-        video: file that the video continues from its last `overlap_history` frames.
+        video: file that the video continues from its last `overlap_history` frames, taken at `fps` frames per second.
         overlap_history: frames that are taken over from what came before; null for none.
         height, width: of the video, in pixels.
         num_frames: of the whole video, those taken over from a given one included.
@@ -67,8 +73,10 @@ class RunSettings:
     compile: bool = False
     cache: MotionCacheConfig = field(default_factory=MotionCacheConfig)
 
-    sections: ClassVar[tuple[str, ...]] = ("cache",)
-    """Settings that are mappings of their own, `section.key` on the command line."""
+    sections: ClassVar[dict[str, tuple[str, ...]]] = {
+        "cache": tuple(f.name for f in dataclasses.fields(MotionCacheConfig))
+    }
+    """Settings that are mappings of their own, `section.key` on the command line, and the keys of each."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -76,7 +84,7 @@ class RunSettings:
                 check_type(name, getattr(self, name), hint)
         for name in ("height", "width", "num_frames", "steps", "fps"):
             check_range(name, getattr(self, name), 1)
-        check_range("seed", self.seed, 0)
+        check_range("seed", self.seed, 0, LARGEST_SEED)
         if self.image is not None and self.video is not None:
             raise UserError("image and video are both given; a video starts with one of them, leave the other out")
         self._check_compile()
@@ -113,7 +121,12 @@ class RunSettings:
         Raises:
             UserError: a key is unknown, `model` or `prompt` is missing, or a value is not allowed.
         """
-        check_keys("setting", values, [f.name for f in dataclasses.fields(cls)])
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            section = next((section for section, names in cls.sections.items() if name in names), None)
+            if name not in known and section is not None:
+                raise UserError(f"unknown setting {name!r}; did you mean '{section}.{name}'?")
+        check_keys("setting", values, known)
         for name in ("model", "prompt"):
             if name not in values:
                 raise UserError(f"the config names no {name}; add a line '{name}: ...' or give --{name}")
@@ -149,7 +162,8 @@ class SettingsFiles(Generic[S]):
         """Settings of a run, from a file and what was said on top of it.
 
         Args:
-            config: YAML file. Without one, the shipped file for `model` and `preset`.
+            config: YAML file, or a run's `summary.json`, whose `config` it then is. Without one, the shipped file for
+                `model` and `preset`.
             preset: one of `PRESETS`. It takes the cache settings of the config's sibling of that name, so that
                 `skyreels_v2_14b_540p_slow.yaml` with `fast` uses those of `skyreels_v2_14b_540p_fast.yaml`. For
                 `flowcache-fast` these are changed as its `variants` say.
@@ -167,6 +181,8 @@ class SettingsFiles(Generic[S]):
         if config is None:
             config = CONFIGS / f"{self._size_of(model)}_{_stem(preset or 'slow')}.yaml"
         values = read_yaml(config)
+        if {"config", "stages"} <= values.keys():
+            values = values["config"]
         values.pop("variants", None)
         if preset is not None:
             values["cache"] = _preset_cache(config, preset)
@@ -181,12 +197,26 @@ class SettingsFiles(Generic[S]):
         return self.settings.from_dict(values), config
 
     def _size_of(self, model: str | None) -> str:
-        """Family and size of the shipped files for a model, by the last part of its name; tiny for any other."""
+        """Family and size of the shipped files for a model, by the last part of its name; tiny for any other.
+
+        The name is that of the files' own model, or a size: `4.5B_distill`.
+        """
         if model is not None:
+            name = Path(model).name
             for path in sorted(CONFIGS.glob(f"{self.family}_*_slow.yaml")):
-                if Path(str(read_yaml(path).get("model"))).name == Path(model).name:
-                    return path.stem.removesuffix("_slow")
-        return f"{self.family}_tiny"
+                size = path.stem.removesuffix("_slow")
+                if Path(str(read_yaml(path).get("model"))).name == name or size == f"{self.family}_{name.lower()}":
+                    return size
+        return f"{self.family}_{DEFAULT_SIZE}"
+
+    def is_default(self, config: Path) -> bool:
+        """Whether a file is one of those that `load` takes for a model that it has no files for."""
+        return config.resolve().parent == CONFIGS and config.stem.startswith(f"{self.family}_{DEFAULT_SIZE}_")
+
+    def nearest(self, name: str) -> Path:
+        """The shipped file whose size reads most like `name`, of preset slow."""
+        sizes = {path.stem.removesuffix("_slow"): path for path in CONFIGS.glob(f"{self.family}_*_slow.yaml")}
+        return sizes[difflib.get_close_matches(f"{self.family}_{name.lower()}", sizes, n=1, cutoff=0)[0]]
 
 
 def check_overlap(settings: RunSettings, given: int, shortest: int) -> None:
@@ -194,7 +224,7 @@ def check_overlap(settings: RunSettings, given: int, shortest: int) -> None:
 
     Args:
         settings: of the run.
-        given: frames of the video.
+        given: frames of the video, at the settings' rate.
         shortest: smallest overlap that the model can do with.
 
     Raises:
@@ -204,8 +234,8 @@ def check_overlap(settings: RunSettings, given: int, shortest: int) -> None:
         return
     shorter = f", or --set overlap_history={shortest}" if shortest <= given else ""
     raise UserError(
-        f"video {settings.video!r} has {given} frames, fewer than the {settings.overlap_history} that are taken "
-        f"over from it; give a longer one{shorter}"
+        f"video {settings.video!r} has {given} frames at {settings.fps} per second, fewer than the "
+        f"{settings.overlap_history} that are taken over from it; give a longer one{shorter}"
     )
 
 
@@ -218,7 +248,8 @@ def method_name(settings: RunSettings, config: Path, preset: str | None, options
     if settings.cache.method == "exact":
         return "exact"
     own = preset or config.stem.rpartition("_")[2]
-    if own not in PRESETS or any(key.startswith("cache.") for key in options):
+    changed = [key for key in options if key.startswith("cache.") and key not in WITHOUT_EFFECT]
+    if own not in PRESETS or changed:
         return settings.cache.tag
     return f"motioncache-{own}" if own in PAPERS else own
 

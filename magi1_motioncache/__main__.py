@@ -1,8 +1,6 @@
 """`python -m magi1_motioncache`"""
 
-import sys
-
-from magi1_motioncache.cli import main
+from common.starting import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("magi1_motioncache.cli")

@@ -1,8 +1,6 @@
 """`python -m skyreels_v2_motioncache`"""
 
-import sys
-
-from skyreels_v2_motioncache.cli import main
+from common.starting import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("skyreels_v2_motioncache.cli")

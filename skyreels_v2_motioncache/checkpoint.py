@@ -6,7 +6,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoints import check_class, check_weights, local_folder, read_index, read_json
+from common.checkpoints import (
+    check_class,
+    check_tokenizer,
+    check_weights,
+    local_folder,
+    read_index,
+    read_json,
+    value_of,
+)
 from common.errors import UserError
 from common.runs import REPOSITORY
 
@@ -14,6 +22,10 @@ TRANSFORMER = "SkyReelsV2Transformer3DModel"
 VAE = "AutoencoderKLWan"
 WEIGHTS = ("transformer", "vae", "text_encoder")
 FOLDERS = (*WEIGHTS, "tokenizer", "scheduler")
+PIPELINE = "DiffusionForcing"
+"""Part of the names of the pipelines that denoise chunk after chunk."""
+EXAMPLE = "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers"
+ADVICE = f"give a SkyReels-V2 diffusion-forcing (DF) checkpoint such as {EXAMPLE}"
 SMALL_FILES = ["*.json", "*.model", "*.txt"]
 
 
@@ -24,11 +36,13 @@ class Architecture:
     Attributes:
         temporal_factor, spatial_factor: video frames and pixels per latent frame and latent pixel.
         patch: rows and columns of latents in a token.
+        width: channels of a token.
     """
 
     temporal_factor: int
     spatial_factor: int
     patch: tuple[int, int]
+    width: int
 
 
 def find_checkpoint(model: str, weights: bool = True) -> Path:
@@ -48,7 +62,7 @@ def find_checkpoint(model: str, weights: bool = True) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) or (REPOSITORY / model).parent.is_dir():
         raise UserError(
             f"model {model!r} is neither a folder nor the name of a hub repository; "
-            "give a folder in the diffusers layout or a name such as Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers"
+            f"give a folder in the diffusers layout or a name such as {EXAMPLE}"
         )
     return _from_hub(model, weights)
 
@@ -62,20 +76,30 @@ def inspect_checkpoint(folder: Path, weights: bool = True) -> Architecture:
     Raises:
         UserError: a file is missing or truncated, or the checkpoint is of another architecture.
     """
-    read_index(folder, FOLDERS)
-    transformer, vae = read_json(folder / "transformer/config.json"), read_json(folder / "vae/config.json")
-    for part, config, needed in (("transformer", transformer, TRANSFORMER), ("vae", vae, VAE)):
-        check_class(folder, part, config, [needed], "give a SkyReels-V2 diffusion-forcing (DF) checkpoint")
-    if transformer.get("image_dim") is not None or transformer["in_channels"] != vae["z_dim"]:
+    if not (folder / "model_index.json").is_file():
         raise UserError(
-            f"checkpoint {str(folder)!r} is an image-to-video model with {transformer['in_channels']} input channels, "
-            f"not a diffusion-forcing one with {vae['z_dim']}; give a SkyReels-V2 DF checkpoint"
+            f"checkpoint {str(folder)!r} has no model_index.json, so it is not in the diffusers layout; of those that "
+            f"Skywork published take the one whose name ends in -Diffusers, such as {EXAMPLE}"
+        )
+    pipeline = read_index(folder, FOLDERS).get("_class_name")
+    if PIPELINE not in str(pipeline):
+        raise UserError(f"checkpoint {str(folder)!r} is of a {pipeline}, which denoises all frames at once; {ADVICE}")
+    check_tokenizer(folder / "tokenizer")
+    transformer, vae = folder / "transformer/config.json", folder / "vae/config.json"
+    for part, path, needed in (("transformer", transformer, TRANSFORMER), ("vae", vae, VAE)):
+        check_class(folder, part, read_json(path), [needed], ADVICE)
+    channels, made = value_of(transformer, "in_channels"), value_of(vae, "z_dim")
+    if read_json(transformer).get("image_dim") is not None or channels != made:
+        raise UserError(
+            f"checkpoint {str(folder)!r} is an image-to-video model with {channels} input channels, "
+            f"not a diffusion-forcing one with {made}; {ADVICE}"
         )
     if weights:
         for part in WEIGHTS:
             check_weights(folder / part)
-    down = vae["temperal_downsample"]
-    return Architecture(2 ** sum(down), 2 ** len(down), tuple(transformer["patch_size"][1:]))
+    down = value_of(vae, "temperal_downsample")
+    width = value_of(transformer, "num_attention_heads") * value_of(transformer, "attention_head_dim")
+    return Architecture(2 ** sum(down), 2 ** len(down), tuple(value_of(transformer, "patch_size")[1:]), width)
 
 
 def _from_hub(model: str, weights: bool) -> Path:

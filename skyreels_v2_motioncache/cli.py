@@ -44,7 +44,7 @@ def build_parser() -> Parser:
     groups = add_run_options(
         parser,
         frames="4k + 1",
-        model="folder in the diffusers layout, or a hub repository",
+        model="folder in the diffusers layout, or a hub repository; its name chooses the --config",
         without="no stock, no exact, no quality",
     )
     groups.what.add_argument("--negative-prompt", metavar="TEXT", help="what the video keeps away from")

@@ -22,6 +22,7 @@ class SkyReelsJob(Job[RunSettings, Generator]):
         """Check sizes against the model and plan the windows (see `Job.check`)."""
         s = self.settings
         architecture = inspect_checkpoint(find_checkpoint(s.model, weights=False), weights=False)
+        validate.check_config_file(self.config, architecture)
         self.windows = validate.check_shapes(s, architecture)
         validate.check_given_video(s, video, architecture.temporal_factor)
         return f" in {len(self.windows)} windows" if len(self.windows) > 1 else ""

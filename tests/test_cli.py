@@ -1,12 +1,15 @@
 """The command as a user meets it: its words, its files, its exit codes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from command_cases import FILES, OPTIONS, SUMMARY_KEYS, assert_one_line, interrupt, runner, summary_of
+from conftest import change_json
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from common.cache import Trace
 from common.cli import Interrupted, Parser, count, parse_assignment, run_command
@@ -67,11 +70,8 @@ def test_exact_equals_stock_and_the_method_is_near(comparison):
 
 
 def test_a_run_can_be_repeated_from_its_summary(comparison, run):
-    """The settings in `summary.json` are a config file, and the same seed gives the same video."""
-    summary = summary_of(comparison[0])
-    config = comparison[0].parent / "again.yaml"
-    config.write_text(json.dumps(summary["config"]))
-    folder, code = run("--config", str(config), "--no-compare")
+    """`summary.json` is a config file, and the same seed gives the same video."""
+    folder, code = run("--config", str(comparison[0] / "summary.json"), "--no-compare")
     assert code == 0
     np.testing.assert_array_equal(read_video(folder / "video.mp4"), read_video(comparison[0] / "video.mp4"))
 
@@ -171,9 +171,13 @@ def test_a_long_video_comes_in_windows(run):
         (["--steps"], "expected one argument"),
         (["stray"], "'stray' belongs to no option"),
         (["--set", "steps"], "not of the form KEY=VALUE"),
+        (["--set", "threshold=0.2"], "unknown setting 'threshold'; did you mean 'cache.threshold'?"),
+        (["--output", ""], "argument --output: '' names no folder; give one, or . for this one"),
+        (["--seed", str(2**64)], "outside its range; allowed: 0 to 18446744073709551615"),
         (["--set", "cache.alpha=1.5"], "alpha: 1.5 is outside its range; allowed: 0 to 1"),
         (["--preset", "slwo"], "did you mean 'slow'?"),
         (["--height", "100"], "height: 100 is not a multiple of 16; use 96 or 112"),
+        (["--num-frames", "46"], "num_frames: 46 is not 4·k + 1, as the video autoencoder needs; use 45 or 57"),
         (["--num-frames", "41"], "num_frames: 41 is 11 latent frames, which chunks of 3 do not fill; use 33 or 45"),
         (["--dtype", "fp4"], "dtype: 'fp4' is not allowed"),
         (["--device", "tpu"], "device: 'tpu' is not allowed"),
@@ -186,6 +190,36 @@ def test_a_long_video_comes_in_windows(run):
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, capsys, options, message):
     assert_one_line(run, capsys, options, message)
+
+
+def test_a_large_model_needs_its_config(run, capsys, tiny_pipeline_folder, tmp_path):
+    folder = shutil.copytree(tiny_pipeline_folder, tmp_path / "snapshots" / "0123abcd")
+    change_json(folder / "transformer/config.json", num_attention_heads=12, attention_head_dim=128)
+    assert_one_line(run, capsys, ["--model", str(folder)], "give --config configs/skyreels_v2_1.3b_540p_slow.yaml")
+
+
+def test_numbers_beyond_half_precision_end_the_run_before_a_video_is_written(
+    run, capsys, tiny_pipeline_folder, tmp_path
+):
+    folder = shutil.copytree(tiny_pipeline_folder, tmp_path / "large")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["proj_out.weight"] *= 1e7
+    save_file(tensors, file, {"format": "pt"})
+    options = ["--model", str(folder), "--dtype", "float16"]
+    assert_one_line(run, capsys, options, "not finite after iteration 1, with dtype float16; use --dtype bfloat16")
+
+
+def test_a_prompt_of_markup_and_tex_runs_and_is_shown(run, capsys):
+    prompt = "[wide shot] a 'b' [/red] circle costs $^$ 5_"
+    folder, code = run("--no-compare", "--prompt", prompt)
+    assert code == 0 and {"summary.json", "motion.png"} <= {file.name for file in folder.iterdir()}
+    assert f'"{prompt}"' in capsys.readouterr().out
+
+
+def test_one_chunk_is_warned_of_once(run, capsys):
+    assert run("--set", "causal_block_size=1", "--set", "ar_step=0", "--set", "stock=none")[1] == 0
+    assert " ".join(capsys.readouterr().out.split()).count("are cached as one chunk") == 1
 
 
 def test_unwritable_output_is_refused(run, capsys, tmp_path):
@@ -245,3 +279,4 @@ def test_assignments_are_read_as_yaml():
     assert parse_assignment("cache.threshold=0.15") == ("cache.threshold", 0.15)
     assert parse_assignment("shift=null") == ("shift", None)
     assert parse_assignment("prompt=a=b") == ("prompt", "a=b")
+    assert parse_assignment("cache.threshold=1e-1") == ("cache.threshold", 0.1)

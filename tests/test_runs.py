@@ -2,10 +2,12 @@ import io
 import json
 import re
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -78,6 +80,29 @@ def test_json_is_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-1", 0.1), ("1.5e3", 1500.0), ("-2E+2", -200.0), (".5e1", 5.0), ("1.e1", 10.0), ("e1", "e1"), ("1e", "1e")],
+)
+def test_numbers_may_have_exponents(tmp_path, text, value):
+    """YAML 1.1 would take most of these for text."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"threshold: {text}\nlist: [{text}]\ntext: '{text}'")
+    read = files.read_yaml(path)
+    assert read == {"threshold": value, "list": [value], "text": text}
+    assert type(read["threshold"]) is type(value)
+
+
+def test_results_are_set_aside_as_often_as_needed(tmp_path):
+    assert files.set_aside(tmp_path, ["a", "b"]) is None
+    for number, text in enumerate(("first", "second"), start=1):
+        (tmp_path / "a").write_text(text)
+        (tmp_path / "mine").write_text(text)
+        assert files.set_aside(tmp_path, ["a", "b"]) == tmp_path / f"earlier-{number}"
+    assert [(tmp_path / f"earlier-{n}" / "a").read_text() for n in (1, 2)] == ["first", "second"]
+    assert {file.name for file in tmp_path.iterdir()} == {"mine", "earlier-1", "earlier-2"}
+
+
 @pytest.mark.parametrize("text", ["a: [1, 2", "just words", "- 1\n- 2", ""])
 def test_broken_yaml_is_refused(tmp_path, text):
     path = tmp_path / "config.yaml"
@@ -103,6 +128,12 @@ def test_table_fits_eighty_columns_and_marks_estimates():
     text = console.export_text()
     assert "113.4 P" in text and "≈1540 s" in text and "scaled up from 3 measured iterations" in text
     assert "motioncache-slow" in text and "31.25" in text and "2.50×" in text and "…" not in text
+
+
+def test_brackets_in_a_title_are_no_markup():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(stage_table(STAGES, 2000, "/tmp/[bold]/a [/red] :star:"))
+    assert "/tmp/[bold]/a [/red] :star:" in console.export_text()
 
 
 @pytest.mark.parametrize(("count", "text"), [(113.4e15, "113.4 P"), (2.5e12, "2.5 T"), (999, "999"), (1500, "1.5 k")])
@@ -135,6 +166,25 @@ def test_motion_picture_shows_the_chunk_where_tokens_were_chosen(tmp_path):
     assert (picture == tinted).all(-1).sum() > 10_000, "computed tokens are tinted"
     assert (picture == int(grey)).all(-1).sum() > 5_000, "reused tokens are grey"
     assert [f.name for f in tmp_path.iterdir()] == ["motion.png"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["costs $^$ 5_", "two\nlines\tof text", "一只白鹭站在浅水中" * 30, "word " * 200, "W" * 500, "x"],
+    ids=["tex", "lines", "ideographs", "long", "wide", "short"],
+)
+def test_any_prompt_is_one_line_within_the_picture(tmp_path, prompt, monkeypatch):
+    titles, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (titles.append(self._suptitle), savefig(self, path)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of characters that the font lacks
+        motion_picture(tmp_path / "motion.png", make_trace(), 0, 1, np.zeros((2, 32, 48, 3), np.float32), prompt)
+    (title,) = titles
+    shown, whole = title.get_text(), " ".join(prompt.split())
+    end = title.get_window_extent().x1 / title.get_figure().bbox.x1
+    assert end < 1
+    assert shown == whole or (whole.startswith(shown.removesuffix("…")) and shown.endswith("…") and end > 0.9)
+    assert (tmp_path / "motion.png").stat().st_size > 0
 
 
 def test_motion_picture_needs_maps():

@@ -1,20 +1,26 @@
 """Settings of SkyReels-V2: the shipped files, what wins over what, and which sizes and frame counts fit a model."""
 
 import dataclasses
+import json
+import math
+import re
 import shutil
 
 import pytest
+import torch
 import yaml
 
+from common.checks import check_range
 from common.errors import UserError
-from common.settings import CONFIGS, method_name
+from common.runs import REPOSITORY
+from common.settings import CONFIGS, LARGEST_SEED, method_name
 from skyreels_v2_motioncache.checkpoint import Architecture
 from skyreels_v2_motioncache.polynomial import POLYNOMIALS
 from skyreels_v2_motioncache.settings import RunSettings, load_settings
-from skyreels_v2_motioncache.validate import check_given_video, check_shapes
+from skyreels_v2_motioncache.validate import TINY_WIDTH, check_config_file, check_given_video, check_shapes
 from skyreels_v2_motioncache.windows import Window
 
-REAL = Architecture(temporal_factor=4, spatial_factor=8, patch=(2, 2))
+REAL = Architecture(temporal_factor=4, spatial_factor=8, patch=(2, 2), width=1536)
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 SKYREELS = [path for path in SHIPPED if path.name.startswith("skyreels")]
 
@@ -35,7 +41,7 @@ def settings(**changes) -> RunSettings:
 def test_shipped_configs_are_valid_and_fit_their_model(path):
     loaded, used = load_settings(path)
     factor = 4 if "tiny" in path.name else 8
-    check_shapes(loaded, Architecture(4, factor, (2, 2)))
+    check_shapes(loaded, Architecture(4, factor, (2, 2), 192))
     assert used == path
     assert loaded.cache.method == ("exact" if path.stem.endswith("exact") else "motioncache")
 
@@ -81,6 +87,28 @@ def test_a_model_brings_its_config():
     assert run.model == "/data/SkyReels-V2-DF-14B-720P-Diffusers"
 
 
+@pytest.mark.parametrize(
+    ("width", "files"),
+    [
+        (1536, "skyreels_v2_1.3b_540p_fast.yaml"),
+        (5120, "skyreels_v2_14b_540p_fast.yaml or configs/skyreels_v2_14b_720p_fast.yaml"),
+        (1024, "skyreels_v2_1.3b_540p_fast.yaml or .*, or a copy of one with settings for this model"),
+    ],
+)
+def test_a_large_model_by_another_name_does_not_get_the_tiny_ones_settings(width, files):
+    _, config = load_settings(model="/hub/snapshots/0123abcd", preset="fast")
+    with pytest.raises(UserError, match=rf"this model has {width}; give --config configs/{files}$"):
+        check_config_file(config, dataclasses.replace(REAL, width=width))
+    check_config_file(CONFIGS / "skyreels_v2_1.3b_540p_slow.yaml", dataclasses.replace(REAL, width=width))
+
+
+def test_a_model_as_small_as_the_tiny_one_gets_its_settings():
+    tiny = json.loads((REPOSITORY / "assets/skyreels-v2-tiny/transformer/config.json").read_text())
+    assert tiny["num_attention_heads"] * tiny["attention_head_dim"] == TINY_WIDTH
+    _, config = load_settings(model="/somewhere/else")
+    check_config_file(config, dataclasses.replace(REAL, width=TINY_WIDTH))
+
+
 def test_a_preset_takes_the_cache_of_the_configs_sibling():
     slow = CONFIGS / "skyreels_v2_14b_540p_slow.yaml"
     run, path = load_settings(slow, preset="fast")
@@ -97,11 +125,26 @@ def test_a_preset_without_a_sibling_is_refused(tmp_path):
         load_settings(path, preset="fast")
 
 
+def test_a_summary_is_a_config(tmp_path):
+    summary = {"method": "motioncache-slow", "config": settings(seed=7).to_dict(), "stages": []}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert load_settings(tmp_path / "summary.json")[0] == settings(seed=7)
+
+
 def test_options_win_over_the_file():
     options = {"steps": 7, "cache.threshold": 0.3}
     run, path = load_settings(options=options)
     assert run.steps == 7 and run.cache.threshold == 0.3 and run.cache.alpha == 0.6
     assert method_name(run, path, None, options) == run.cache.tag
+
+
+def test_where_the_cache_waits_does_not_change_its_name():
+    options = {"cache.state_device": "cpu"}
+    run, path = load_settings(options=options, preset="fast")
+    assert method_name(run, path, "fast", options) == "motioncache-fast"
+    options["cache.alpha"] = 0.5
+    run, path = load_settings(options=options, preset="fast")
+    assert method_name(run, path, "fast", options) == run.cache.tag
 
 
 def test_settings_survive_yaml():
@@ -113,16 +156,20 @@ def test_settings_survive_yaml():
     ("changes", "message"),
     [
         ({"guidence_scale": 3}, "unknown setting 'guidence_scale'; did you mean 'guidance_scale'?"),
+        ({"threshold": 0.2}, "unknown setting 'threshold'; did you mean 'cache.threshold'?"),
         ({"cache": {"treshold": 3}}, "unknown cache setting 'treshold'; did you mean 'threshold'?"),
         ({"cache": [1]}, "cache: [1] is not allowed"),
         ({"steps": "many"}, "steps: 'many' is not allowed; give a whole number"),
         ({"steps": True}, "steps: True is not allowed"),
         ({"steps": 0}, "steps: 0 is outside its range; allowed: at least 1"),
-        ({"seed": -1}, "seed: -1 is outside its range"),
+        ({"seed": -1}, "seed: -1 is outside its range; allowed: 0 to 18446744073709551615"),
+        ({"seed": 2**64}, "seed: 18446744073709551616 is outside its range"),
         ({"addnoise_condition": -5}, "addnoise_condition: -5 is outside its range; allowed: 0 to 999"),
         ({"sigmas": "karras"}, "sigmas: 'karras' is not allowed; give 'original' or 'diffusers'"),
         ({"stock": "half"}, "stock: 'half' is not allowed; give 'full' or 'none' or a whole number"),
         ({"stock": 1}, "stock: 1 is outside its range; allowed: at least 2"),
+        ({"guidance_scale": math.inf}, "guidance_scale: inf is not allowed; give a finite number"),
+        ({"cache": {"threshold": math.inf}}, "threshold: inf is not allowed; give a finite number"),
         ({"image": "a.png", "video": "b.mp4"}, "image and video are both given"),
     ],
 )
@@ -130,6 +177,18 @@ def test_wrong_settings_are_named(changes, message):
     with pytest.raises(UserError) as error:
         RunSettings.from_dict({"model": "m", "prompt": "p", **changes})
     assert message in str(error.value)
+
+
+def test_a_range_without_an_end_is_of_finite_numbers():
+    check_range("--time-limit", 10**400, 0)
+    with pytest.raises(UserError, match="--time-limit: inf is outside its range; allowed: at least 0, and finite$"):
+        check_range("--time-limit", math.inf, 0)
+    with pytest.raises(UserError, match="share: nan is outside its range; allowed: 0 to 1$"):
+        check_range("share", math.nan, 0, 1)
+
+
+def test_the_largest_seed_is_one():
+    assert torch.Generator().manual_seed(settings(seed=LARGEST_SEED).seed).initial_seed() == LARGEST_SEED
 
 
 @pytest.mark.parametrize("name", ["model", "prompt"])
@@ -153,7 +212,8 @@ def test_unknown_preset_gets_a_hint():
     [
         ({"height": 540}, "height: 540 is not a multiple of 16; use 528 or 544"),
         ({"width": 8}, "width: 8 is not a multiple of 16; use 16"),
-        ({"num_frames": 100}, "num_frames: 100 is not 4·k + 1, as the video autoencoder needs; use 97 or 101"),
+        ({"num_frames": 100}, "num_frames: 100 is not 4·k + 1, as the video autoencoder needs; use 97 or 117"),
+        ({"num_frames": 78}, "num_frames: 78 is not 4·k + 1, as the video autoencoder needs; use 77 or 97"),
         ({"num_frames": 85}, "num_frames: 85 is 22 latent frames, which chunks of 5 do not fill; use 77 or 97"),
         (
             {"num_frames": 181},
@@ -167,11 +227,20 @@ def test_unknown_preset_gets_a_hint():
             {"overlap_history": 13},
             "overlap_history: 13 frames are 4 latent frames, which chunks of 5 do not fill; use 17 or 37",
         ),
+        (
+            {"overlap_history": 0},
+            "overlap_history: 0 is not 4·k + 1, as the video autoencoder needs; use 17 or 37",
+        ),
+        ({"overlap_history": 78}, "overlap_history: 78 is not 4·k + 1, as the video autoencoder needs; use 57 or 77"),
+        ({"base_num_frames": 17}, "windows of 17 frames; use a smaller causal_block_size"),
         ({"overlap_history": None}, "overlap_history: null is not allowed for more than 97 frames; use 17 or 37"),
-        ({"overlap_history": 97}, "overlap_history: 97 leaves nothing to generate in windows of 97 frames; use 17"),
+        (
+            {"overlap_history": 97},
+            "overlap_history: 97 leaves nothing to generate in windows of 97 frames; use 57 or 77",
+        ),
         ({"image": "a.png", "num_frames": 137}, "num_frames: 137 ends in a shorter window"),
         ({"image": "a.png", "addnoise_condition": 0}, "addnoise_condition: 0 is not allowed with an image"),
-        ({"video": "a.mp4", "num_frames": 17}, "leaves none to generate; use 37 or more"),
+        ({"video": "a.mp4", "num_frames": 17}, "leaves none to generate; use 37"),
     ],
 )
 def test_wrong_shapes_are_refused_with_the_nearest_right_ones(changes, message):
@@ -181,15 +250,22 @@ def test_wrong_shapes_are_refused_with_the_nearest_right_ones(changes, message):
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "video"])
-@pytest.mark.parametrize("frames", range(1, 260, 12))
-def test_the_frame_counts_suggested_work(kind, frames):
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("num_frames", range(1, 260, 7)), ("overlap_history", range(0, 97, 6)), ("base_num_frames", range(22, 177, 9))],
+)
+def test_the_frame_counts_suggested_work(kind, name, values):
+    """Each that is named is accepted, or what is said next is of another setting."""
     given = {} if kind == "text" else {kind: "file"}
-    try:
-        check_shapes(settings(num_frames=frames, **given), REAL)
-    except UserError as error:
-        suggested = str(error).rpartition("use ")[2].removesuffix(" or more").split(" or ")
-        for count in suggested:
-            check_shapes(settings(num_frames=int(count), **given), REAL)
+    for value in values:
+        try:
+            check_shapes(settings(**{name: value}, **given), REAL)
+        except UserError as error:
+            for count in re.findall(r"\d+", str(error).rpartition("use ")[2]):
+                try:
+                    check_shapes(settings(**{name: int(count)}, **given), REAL)
+                except UserError as second:
+                    assert name != "num_frames" and not str(second).startswith(name), f"{error}, then {second}"
 
 
 def test_frames_of_one_window_need_no_overlap():
@@ -202,7 +278,7 @@ def test_synchronous_denoising_takes_any_number_of_latent_frames():
 
 
 def test_a_given_video_must_reach_over_the_overlap():
-    with pytest.raises(UserError, match=r"has 12 frames, fewer than the 17 .* give a longer one$"):
+    with pytest.raises(UserError, match=r"has 12 frames at 24 per second, fewer than the 17 .* give a longer one$"):
         check_given_video(settings(video="clip.mp4"), [None] * 12, 4)
     with pytest.raises(UserError, match=r"or --set overlap_history=17$"):
         check_given_video(settings(video="clip.mp4", overlap_history=37), [None] * 20, 4)
