@@ -22,10 +22,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.histories import FIRST, GIVEN, OWN
 from benchmarks.names import BASELINE, split_name
-from benchmarks.plots import MARKS, SERIES, error_bars, new_figure, point, save, styled
+from benchmarks.plots import MARKS, PANE, SERIES, error_bars, new_figure, point, save, styled
 from benchmarks.weight_maps import draw_weights
 from common.cli import Parser, run_command, whole_number
 from common.errors import UserError
@@ -33,37 +34,62 @@ from common.files import make_output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs/figures"
-ENDINGS: dict[str, dict[str, Any]] = {
-    "matched": {"label": "at chosen shares", "style": {}},
-    "slow": {"label": "slow", "style": {"linestyle": "none"}},
-    "fast": {"label": "fast", "style": {"linestyle": "none", "markerfacecolor": "white"}},
-}
-"""Kinds of rows that are drawn of each method."""
+UNITS = {"updates": "computed steps", "steps": "all steps"}
+"""What a chunk phase is counted in, in words."""
+MARKERS = "so^Dxv*P"
+COLUMNS, LEGEND_LINE = 3, 0.15
+"""Of a legend below: columns, and the inches of a line."""
+NAMES = 1.4
+"""Inches that the names of methods take under their points."""
 
 
 @styled()
 def quality(data: dict[str, Any]) -> Figure:
-    """PSNR against the share of exact's compute, a panel per model: a line per method at chosen shares, and presets."""
+    """PSNR against the share of exact's compute, a panel per model: all that has a threshold for it, and presets."""
     models = list(dict.fromkeys(row["model"] for row in data["rows"]))
+    cached = [row for row in data["rows"] if row["psnr_db"] is not None and _family(row) in MARKS]
+    styles = _styles(cached)
     figure, panels = new_figure(len(models))
     for axes, model in zip(panels, models, strict=True):
-        rows = [row for row in data["rows"] if row["model"] == model and row["psnr_db"] is not None]
-        for family, style in MARKS.items():
-            for ending, change in ENDINGS.items():
-                named = [row for row in rows if split_name(row["method"])[0] == f"{family}-{ending}"]
-                if named:
-                    points = [point(row, "compute_share", "psnr_db") for row in named]
-                    error_bars(axes, points, f"{family}, {change['label']}", {**style, **change["style"]})
-        for floor in [row["psnr_db"] for row in rows if row["method"] == "exact-bfloat16"]:
+        rows = [row for row in cached if row["model"] == model]
+        for label, style in styles.items():
+            named = [point(row, "compute_share", "psnr_db") for row in rows if _curve(row) == label]
+            if named:
+                error_bars(axes, named, label, style)
+        exact = [row for row in data["rows"] if (row["model"], row["method"]) == (model, "exact-bfloat16")]
+        for floor in [row["psnr_db"] for row in exact]:
             axes.axhline(floor, color="0.4", linestyle=":")
             axes.annotate("exact in bfloat16", (0.02, floor), xycoords=("axes fraction", "data"), va="bottom")
         axes.margins(y=0.1)
         _label(axes, f"{model}, n = {rows[0]['n']}", "share of exact's FLOPs", "PSNR against exact, dB")
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
+    _legend_below(figure, panels)
     return figure
+
+
+def _family(row: dict[str, Any]) -> str:
+    return row["method"].partition("-")[0]
+
+
+def _curve(row: dict[str, Any]) -> str:
+    """What a row is drawn as: its kind, and the distance that spaces its steps, if the file says."""
+    return ", ".join([split_name(row["method"])[0], *filter(None, [row["settings"].get("distance")])])
+
+
+def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A style per curve: its method's colour, white marks unless the distance is a table, no line for presets."""
+    styles = {}
+    for family, base in MARKS.items():
+        first = MARKERS.index(base["marker"])
+        curves = {_curve(row): row for row in rows if _family(row) == family}
+        for number, (label, row) in enumerate(curves.items()):
+            signal = row["settings"].get("distance") in ("modulation", "input")
+            styles[label] = {
+                "color": base["color"],
+                "marker": MARKERS[(first + number) % len(MARKERS)],
+                "markerfacecolor": "white" if signal else base["color"],
+                "linestyle": "none" if split_name(row["method"])[1] is None else "--" if signal else "-",
+            }
+    return styles
 
 
 @styled()
@@ -105,14 +131,19 @@ def ablation(data: dict[str, Any], by: str) -> Figure:
         if paired:
             above.axhline(0, color=MARKS["flowcache"]["color"], label="flowcache, same compute")
         if not numeric:
+            figure.set_figheight(PANE[1] + NAMES)
             below.set_xticks(range(len(found)), [row["method"] for row in found], rotation=60, ha="right")
         above.sharex(below)
         above.tick_params(labelbottom=False)
         quantity = "PSNR − FlowCache's, dB" if paired else "PSNR against exact, dB"
         _label(above, f"{model}, n = {found[0]['n']}", "", quantity)
-        _label(below, "", by.replace("_", " ") if numeric else "", "compute")
+        unit = UNITS.get(found[0]["settings"].get(f"{by}_unit"))
+        name = f"{by.replace('_', ' ')}, {unit}" if unit else by.replace("_", " ")
+        _label(below, "", name if numeric else "", "compute")
+        if numeric and all(isinstance(x, int) for x in places):
+            below.xaxis.set_major_locator(MaxNLocator(integer=True))
         below.set_ylim(0, 1.2 * max(row["compute_share"] for row in found))
-        above.legend()
+    _legend_below(figure, panels[: len(models)])
     return figure
 
 
@@ -126,7 +157,7 @@ def fidelity(data: dict[str, Any]) -> Figure:
             published = " (published)" if score == data["published"] else ""
             axes.plot(*zip(*points, strict=True), label=score + published, markevery=4, **style)
         _label(axes, data["model"], "denoising step", label)
-    panels[1].legend()
+    _legend_below(figure, panels[:1])
     return figure
 
 
@@ -141,11 +172,13 @@ def distributions(data: dict[str, Any]) -> Figure:
     over_tokens.legend()
     _label(over_tokens, data["model"], "share of tokens, most changing first", "share of squared change")
     names = {"change": "change of residual", "motion": f"{data['published']} (published score)"}
+    highest = 0.0
     for (name, label), style in zip(names.items(), SERIES, strict=False):
         values = data["frames"][name]
         mean = sum(values) / len(values)
         over_frames.plot([value / mean for value in values], label=label, **style)
-    over_frames.set_ylim(bottom=0)
+        highest = max(highest, max(values) / mean)
+    over_frames.set_ylim(0, 1.1 * highest)
     over_frames.legend()
     _label(over_frames, data["model"], "latent frame", "mean over tokens and steps / mean of all")
     return figure
@@ -168,11 +201,20 @@ def long_video(data: dict[str, Any]) -> Figure:
     n = data["rows"][0]["n"]
     for axes, history in ((own, "from its own history"), (given, "given exact's history")):
         _label(axes, f"{data['model']}, {history}, n = {n}", "chunk", "PSNR against exact, dB")
-        axes.legend()
     given.sharey(own)
     _label(tokens, "from its own history", "chunk", "share of the tokens computed")
     tokens.set_ylim(0, 1)
+    _legend_below(figure, [own])
     return figure
+
+
+def _legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for panels whose curves may differ, where it covers none of them."""
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * -(-len(handles) // COLUMNS))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=COLUMNS)
 
 
 def _is_number(value: Any) -> bool:

@@ -24,6 +24,9 @@ COLUMNS = {
     "minus_flowcache": "ΔPSNR to FlowCache",
 }
 NONE = "–"
+METRICS = ("psnr_db", "ssim", "lpips")
+FULL, SHORT = 40, 7
+"""Letters of a commit, whole and shortened."""
 
 
 def interval_of(column: str) -> str:
@@ -38,8 +41,14 @@ def page(data: dict[str, Any]) -> str:
         rows = [row for row in data["rows"] if row["model"] == model]
         quoted = [row for row in data["quoted"] if row["family"] == rows[0]["family"]]
         parts.append(f"## {model}\n\n{model_table(rows, quoted)}\n{notes(rows, quoted)}")
-    commit = data["commit"] if isinstance(data["commit"], str) else "several commits"
-    return "\n".join(parts) + f"\n`{data['command']}` · {data['date']} · {commit}\n"
+    return "\n".join(parts) + f"\n`{data['command']}` · {data['date']} · {commits(data)}\n"
+
+
+def commits(data: dict[str, Any]) -> str:
+    """The commits that a result's samples were made at, shortened; `-dirty` where files differed from it."""
+    found = [data["commit"]] if isinstance(data["commit"], str) else data["commit"]
+    short = [commit[:SHORT] + commit[FULL:] for commit in found]
+    return f"{'commit' if len(short) == 1 else 'commits'} {', '.join(short)}"
 
 
 def model_table(rows: Sequence[dict[str, Any]], quoted: Sequence[dict[str, Any]] = ()) -> str:
@@ -55,10 +64,12 @@ def model_table(rows: Sequence[dict[str, Any]], quoted: Sequence[dict[str, Any]]
 
 def notes(rows: Sequence[dict[str, Any]], quoted: Sequence[dict[str, Any]]) -> str:
     """What the columns of a table mean."""
+    compared = [m for m in METRICS if any(row.get(m) is not None for row in (*rows, *quoted))]
     text = (
         f"n = {rows[0]['n']} prompts; ± is the half width of a 95 % interval over them. Compute: share of exact's "
-        "FLOPs; tokens: of its token computations. PSNR, SSIM, LPIPS: against exact. `@0.4`: threshold chosen, on "
-        "other prompts, for that share of compute. ΔPSNR: paired per prompt.\n"
+        f"FLOPs; tokens: of its token computations. {', '.join(COLUMNS[m].partition(',')[0] for m in compared)}: "
+        "against exact. `@0.4`: threshold chosen, on other prompts, for that share of compute. ΔPSNR: paired per "
+        "prompt.\n"
     )
     settings = dict.fromkeys(f"{row['paper']}: {row['setting']}" for row in quoted)
     if settings:
@@ -72,7 +83,7 @@ def notes(rows: Sequence[dict[str, Any]], quoted: Sequence[dict[str, Any]]) -> s
 def cell(row: dict[str, Any], column: str) -> str:
     """A figure as text, with its interval."""
     value = row.get(column)
-    if value is None:
+    if value is None or (column == "latency_s" and not _timed_with_exact(row)):
         return NONE
     if column == "method":
         return value
@@ -88,6 +99,11 @@ def cell(row: dict[str, Any], column: str) -> str:
         return f"{scaled(value)}B"
     digits = {"psnr_db": 2, "vbench": 2, "ssim": 4, "lpips": 4}.get(column, 3)
     return f"{value:.{digits}f}{_plus_minus(row.get(interval_of(column)), digits)}"
+
+
+def _timed_with_exact(row: dict[str, Any]) -> bool:
+    """Whether a row's time can be read beside the others'; one of another run met a machine that was busy otherwise."""
+    return row.get("speedup_vs_exact", row.get("speedup_vs_stock")) is not None
 
 
 def _plus_minus(half: float | None, digits: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.collect import Collection, Facts, collect
 from benchmarks.names import BASELINE, preset_of, reading_order, split_name
 from benchmarks.quoted import load_quoted
-from benchmarks.render import interval_of, page
+from benchmarks.render import METRICS, interval_of, page
 from benchmarks.subject import family_of_settings
 from common import metrics
 from common.cli import Parser, run_command
@@ -27,7 +27,8 @@ from common.errors import UserError
 from common.files import atomic_path, make_output_folder, write_json
 from common.results import provenance
 
-METRICS = ("psnr_db", "ssim", "lpips")
+DISTANCE = "distance"
+"""A setting that is noted of every row: methods of the same name have another one in another folder."""
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -45,7 +46,7 @@ def rows_of(collection: Collection) -> list[dict[str, Any]]:
     for method in sorted(collection.samples, key=reading_order):
         row = row_of(collection, method)
         cache = collection.first(method)["config"].get("cache") or {}
-        rows.append({**row, "settings": {name: cache[name] for name in varied if name in cache}})
+        rows.append({**row, "settings": {name: cache[name] for name in (*varied, DISTANCE) if name in cache}})
     return rows
 
 
@@ -94,15 +95,17 @@ def row_of(collection: Collection, method: str) -> dict[str, Any]:
 
 
 def varied_settings(collection: Collection) -> list[str]:
-    """Cache settings, single values only, in which the methods of a folder differ."""
+    """Cache settings, single values only, in which the methods of a folder differ, and what these are counted in."""
     caches = [collection.first(method)["config"].get("cache") or {} for method in collection.samples]
     names = dict.fromkeys(name for cache in caches for name in cache)
     values = {name: [cache[name] for cache in caches if name in cache] for name in names}
-    return [
+    varied = [
         name
         for name, found in values.items()
         if any(value != found[0] for value in found) and not any(isinstance(value, list) for value in found)
     ]
+    units = [f"{name}_unit" for name in varied]
+    return [*varied, *(name for name in units if name in names and name not in varied)]
 
 
 def quoted_rows(family: str) -> list[dict[str, Any]]:

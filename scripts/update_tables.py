@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.markdown import markdown_table
 from benchmarks.names import BASELINE, split_name
 from benchmarks.quoted import load_quoted
-from benchmarks.render import cell, model_table, notes
+from benchmarks.render import cell, commits, model_table, notes
 from common.checks import near_miss
 from common.cli import Parser, run_command
 from common.errors import UserError
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 KINDS = {
     "teacache-matched": "TeaCache",
+    "teacache-table": "TeaCache, measured distance",
     "flowcache-modulation": "FlowCache, published distance",
     BASELINE: "FlowCache",
     "flowcache-table": "FlowCache, measured distance",
@@ -47,7 +48,7 @@ Data = dict[str, Any]
 def source(data: Data) -> str:
     """The line under a table that says how to make it again."""
     versions = ", ".join(f"{k} {data['versions'][k]}" for k in ("torch", "diffusers"))
-    return f"\n`{data['command']}` · {data['date']} · {data['device']} · {versions}\n"
+    return f"\n`{data['command']}` · {data['date']} · {data['device']} · {versions} · {commits(data)}\n"
 
 
 def summary(data: Data) -> str:

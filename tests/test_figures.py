@@ -20,11 +20,12 @@ SHARES = (0.6, 0.4, 0.3, 0.2)
 
 @pytest.fixture
 def results(tmp_path):
-    """A result file of a comparison: two methods at four shares, presets, and the rounding floor."""
-    kinds = {"flowcache-matched": 40, "motioncache-matched": 38}
+    """A result file of a comparison: three methods at four shares, presets, and the rounding floor."""
+    kinds = {"flowcache-matched": 40, "flowcache-modulation": 37, "motioncache-matched": 38}
     methods = {f"{kind}@{share}": (share, psnr + 10 * share) for kind, psnr in kinds.items() for share in SHARES}
     presets = {"motioncache-slow": (0.45, 41), "motioncache-fast": (0.3, 39), "exact-bfloat16": (1, 52)}
-    write_samples(tmp_path / "out", {"exact": (1, 0), **presets, **methods})
+    published = {f"flowcache-modulation@{share}": {"distance": "modulation"} for share in SHARES}
+    write_samples(tmp_path / "out", {"exact": (1, 0), **presets, **methods}, **published)
     table.make_table([tmp_path / "out"], tmp_path / "table.json", "command")
     return tmp_path / "table.json"
 
@@ -59,14 +60,22 @@ def run(*arguments):
     return figures.main([str(argument) for argument in arguments])
 
 
-def test_quality_has_a_line_per_method_and_points_for_presets(results):
+def test_quality_draws_every_row_and_names_its_distance(results):
     axes = figures.quality(json.loads(results.read_text())).axes[0]
-    presets = ["motioncache, slow", "motioncache, fast"]
-    assert labels(axes) == ["flowcache, at chosen shares", "motioncache, at chosen shares", *presets]
-    curve = next(c for c in axes.containers if c.get_label() == "flowcache, at chosen shares")
-    x, y = curve.lines[0].get_data()
+    assert labels(axes) == [
+        "flowcache-matched, table",
+        "flowcache-modulation, modulation",
+        "motioncache-slow, table",
+        "motioncache-fast, table",
+        "motioncache-matched, table",
+    ]
+    curves = {c.get_label(): c.lines[0] for c in axes.containers}
+    x, y = curves["flowcache-matched, table"].get_data()
     assert list(x) == sorted(SHARES)
     assert list(y) == pytest.approx([43.0, 44.0, 45.0, 47.0])
+    assert curves["motioncache-slow, table"].get_linestyle() == "None", "a preset is a point"
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in curves.values()}
+    assert len(looks) == len(curves), "no two curves look alike"
     assert [text.get_text() for text in axes.texts] == ["exact in bfloat16"]
 
 
@@ -78,6 +87,15 @@ def test_ablation_over_a_number(ablated):
     assert list(curve.lines[0].get_ydata()) == [-3.0] * 3, "PSNR less FlowCache's"
     assert labels(above) == ["flowcache, same compute", "motioncache"]
     assert below.get_xlabel() == "alpha"
+
+
+def test_chunk_phase_has_its_unit_and_whole_ticks(tmp_path):
+    cache = {f"motioncache-k{k}@0.4": {"chunk_phase": k} for k in (0, 1, 2)}
+    write_samples(tmp_path / "out", {"exact": (1, 0), **dict.fromkeys(cache, (0.4, 30))}, **cache)
+    table.make_table([tmp_path / "out"], tmp_path / "t.json", "command")
+    below = figures.ablation(json.loads((tmp_path / "t.json").read_text()), "chunk_phase").axes[1]
+    assert below.get_xlabel() == "chunk phase, computed steps"
+    assert all(tick == int(tick) for tick in below.get_xticks())
 
 
 def test_ablation_side_by_side(ablated):
@@ -112,6 +130,7 @@ def test_distributions():
     tokens, frames = figures.distributions(FOUND).axes
     assert labels(tokens) == ["early steps", "middle steps", "late steps", "even"]
     assert list(frames.lines[0].get_ydata()) == [0.5, 1.0, 1.5], "relative to the mean of all frames"
+    assert frames.get_ylim()[1] > 1.5, "the highest marker is not cut"
 
 
 def test_commands_write_into_the_docs(ablated, tmp_path, monkeypatch):

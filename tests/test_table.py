@@ -11,6 +11,7 @@ from benchmarks import experiment, names, paper_flops, table
 from benchmarks.collect import collect
 from benchmarks.paper_scale import StepShares, magi_scale, skyreels_scale
 from benchmarks.quoted import load_quoted
+from benchmarks.render import cell, commits, notes
 from benchmarks.subject import FAMILIES
 from common.cache import Trace
 from common.errors import UserError
@@ -68,7 +69,17 @@ def test_settings_are_those_in_which_methods_differ(tmp_path):
     cache = {f"motioncache-alpha{a:g}@0.4": {"alpha": a, "threshold": a / 10} for a in (0.5, 0.2)}
     root = write_samples(tmp_path, {"exact": (1, 0), **dict.fromkeys(cache, (0.4, 30))}, **cache)
     rows = rows_by_method(root)
-    assert rows["motioncache-alpha0.2@0.4"]["settings"] == {"threshold": 0.02, "alpha": 0.2}
+    assert rows["motioncache-alpha0.2@0.4"]["settings"] == {"threshold": 0.02, "alpha": 0.2, "distance": "table"}
+
+
+def test_settings_come_with_their_unit(tmp_path):
+    cache = {f"motioncache-k{k}@0.4": {"chunk_phase": k} for k in (2, 6)}
+    rows = rows_by_method(write_samples(tmp_path, {"exact": (1, 0), **dict.fromkeys(cache, (0.4, 30))}, **cache))
+    assert rows["motioncache-k6@0.4"]["settings"] == {
+        "chunk_phase": 6,
+        "chunk_phase_unit": "updates",
+        "distance": "table",
+    }
 
 
 def test_one_prompt_has_no_interval(tmp_path):
@@ -189,6 +200,19 @@ def test_times_of_different_runs_are_not_compared(tmp_path):
             path.write_text(json.dumps({**json.loads(path.read_text()), "run": "second", "seconds": 0.1}))
         row = table.rows_of(collect(root))[1]
         assert (row["speedup_vs_exact"], row["psnr_db"]) == (expected, 31.0)
+        assert (cell(row, "latency_s") == "–") == (expected is None), "times of two runs do not stand side by side"
+
+
+def test_commits_are_short_and_all_named():
+    one, other = "0123456789" * 4, "abcdefabcd" * 4 + "-dirty"
+    assert commits({"commit": one}) == "commit 0123456"
+    assert commits({"commit": [one, other]}) == "commits 0123456, abcdefa-dirty"
+
+
+def test_only_metrics_with_a_column_are_explained(data):
+    row = data["rows"][-1]
+    assert ". PSNR, SSIM: against exact." in notes([row], [])
+    assert ". PSNR, SSIM, LPIPS: against exact." in notes([row], [row | {"lpips": 0.1, "paper": "P", "setting": "S"}])
 
 
 @pytest.fixture
@@ -202,7 +226,10 @@ def test_summary_in_a_document(documents, data):
     assert "| skyreels-v2-tiny | FlowCache | 31.0 / 0.900 | – |" in text
     assert "| skyreels-v2-tiny | MotionCache | 29.5 / 0.900 | 21.0 / 0.900 |" in text
     assert "mean over 3 prompts." in text
-    assert f"\n`python -m benchmarks.table out` · {data['date']} · cpu · torch 2.13.0, diffusers 0.42.1\n" in text
+    assert (
+        f"\n`python -m benchmarks.table out` · {data['date']} · cpu · torch 2.13.0, diffusers 0.42.1 · commit abc\n"
+        in text
+    )
 
 
 def test_differences_in_a_document(documents, data):
