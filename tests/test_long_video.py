@@ -195,7 +195,10 @@ def test_memory_over_length(family, experiment, tmp_path, monkeypatch):
 
 # -- what is made of the figures ---------------------------------------------------------------------------------------
 
-HEAD = {"command": "python -m ...", "date": "2026-01-01", "device": "CPU", "versions": {"torch": "2", "diffusers": "0"}}
+HEAD = {
+    **{"command": "python -m ...", "date": "2026-01-01", "device": "CPU", "commit": "0" * 40 + "-dirty"},
+    "versions": {"torch": "2", "diffusers": "0"},
+}
 
 
 @pytest.fixture
@@ -239,6 +242,7 @@ def test_memory_in_a_document(documents):
     rows = [row("all kept", 4, 1e6, None), row("budget 2", 4, 5e5, 30.0)]
     rows += [row("all kept", 16, 4e6, None), row("budget 2", 16, 5e5, 25.0)]
     lines = documents.kv_memory({**HEAD, "rows": rows}).splitlines()
+    assert any(line.endswith(" · commit 0000000-dirty") for line in lines)
     assert "| model | K/V | 4 chunks | 16 chunks | reused values | PSNR to all kept, dB |" in lines
     assert "| tiny | all kept | 1.0 MB | 4.0 MB | 2.0 kB / 2.0 kB | – / – |" in lines
     assert "| tiny | budget 2 | 500.0 kB | 500.0 kB | 2.0 kB / 2.0 kB | 30.0 / 25.0 |" in lines
