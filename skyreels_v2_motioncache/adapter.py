@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -27,33 +25,20 @@ HOOK = "motioncache"
 
 @dataclass(frozen=True)
 class Attachment:
-    """What was put where in a pipeline, to be taken out again.
+    """What was put where, to be taken out again.
 
     Attributes:
-        pipe: the pipeline; weak, because its transformer may outlive it in another one.
+        pipe: the pipeline.
         schedulers: its own, and the one in its place.
+        methods: by name, what stands in for a method, and what the pipeline had there instead of its class's, if
+            anything.
         forward: the transformer's, the cache inside.
     """
 
-    pipe: weakref.ref
+    pipe: Any
     schedulers: tuple[Any, Any]
+    methods: dict[str, tuple[Callable, Callable | None]]
     forward: Callable
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Stands in for a method of a pipeline.
-
-    Attributes:
-        call: tells the hook, and calls the method.
-        own: what the pipeline had in place of its class's method, if anything.
-    """
-
-    call: Callable
-    own: Callable | None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
 
 
 @dataclass
@@ -124,10 +109,10 @@ def apply_motioncache(
             "reuse: 'update' is not allowed, SkyReels-V2's solver takes several outputs for a step; use 'residual' or "
             "'velocity'"
         )
-    present = _hook_of(transformer)
-    if present is not None:
-        _check_owner(pipe, present)
-        raise UserError("this pipeline has a cache already; call remove_motioncache(pipe) first")
+    if _hook_of(transformer) is not None:
+        raise UserError(
+            "this pipeline has a cache already, or one that shares its transformer; call remove_motioncache(pipe) first"
+        )
     hook = MotionCacheHook(with_polynomial(config, transformer), prefix_noise, keep_maps, policy)
     schedulers = pipe.scheduler, with_host_coefficients(pipe.scheduler)
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
@@ -145,8 +130,9 @@ def apply_motioncache(
     if offloaded:
         transformer._old_forward, transformer.forward = installed, outermost
     attention.install(transformer)
-    vars(pipe).update(_listeners(pipe, hook))
-    hook.attachment = Attachment(weakref.ref(pipe), schedulers, installed)
+    methods = {name: (ours, vars(pipe).get(name)) for name, ours in _listeners(pipe, hook).items()}
+    vars(pipe).update({name: ours for name, (ours, _) in methods.items()})
+    hook.attachment = Attachment(pipe, schedulers, methods, installed)
     return MotionCacheHandle(hook)
 
 
@@ -155,19 +141,22 @@ def remove_motioncache(pipe: Any) -> None:
 
     What was exchanged meanwhile (scheduler, attention processors, methods of the pipeline) stays.
 
+    Args:
+        pipe: the pipeline, or one that shares its transformer: the cache is taken off the one that it was applied to.
+
     Raises:
-        UserError: the pipeline has no cache, or another one that shares its transformer was given it.
+        UserError: the pipeline has no cache.
     """
     transformer = getattr(pipe, "transformer", None)
     hook = _hook_of(transformer)
     if hook is None:
         raise UserError("this pipeline has no cache to remove")
-    _check_owner(pipe, hook)
     attached, registry, outermost = hook.attachment, transformer._diffusers_hook, transformer.forward
     attention.uninstall(transformer)
     stock, ours = attached.schedulers
-    if pipe.scheduler is ours:
-        pipe.scheduler = stock
+    for sharing in (attached.pipe, pipe):
+        if sharing.scheduler is ours:
+            sharing.scheduler = stock
     registry.remove_hook(HOOK, recurse=False)
     if getattr(transformer, "_old_forward", None) is attached.forward:
         # accelerate's offloading was put around the cache: it stays, around the stock forward.
@@ -176,11 +165,12 @@ def remove_motioncache(pipe: Any) -> None:
         del transformer._diffusers_hook
     if transformer.__dict__.get("forward") == MethodType(type(transformer).forward, transformer):
         del transformer.forward
-    for name, listener in list(vars(pipe).items()):
-        if isinstance(listener, Listener):
-            del vars(pipe)[name]
-            if listener.own is not None:
-                vars(pipe)[name] = listener.own
+    held = vars(attached.pipe)
+    for name, (ours, own) in attached.methods.items():
+        if held.get(name) is ours:
+            del held[name]
+            if own is not None:
+                held[name] = own
 
 
 def _hook_of(transformer: Any) -> MotionCacheHook | None:
@@ -188,21 +178,7 @@ def _hook_of(transformer: Any) -> MotionCacheHook | None:
     return None if registry is None else registry.get_hook(HOOK)
 
 
-def _check_owner(pipe: Any, hook: MotionCacheHook) -> None:
-    owner = hook.attachment.pipe()
-    if owner is None or owner is pipe:
-        return
-    del owner
-    gc.collect()  # one that nobody uses any more, having made way for a pipeline of its parts, may still be around
-    owner = hook.attachment.pipe()
-    if owner is not None:
-        raise UserError(
-            f"the cache on this pipeline's transformer was applied to another one that shares it, a "
-            f"{type(owner).__name__}; call remove_motioncache on that one"
-        )
-
-
-def _listeners(pipe: Any, hook: MotionCacheHook) -> dict[str, Listener]:
+def _listeners(pipe: Any, hook: MotionCacheHook) -> dict[str, Callable]:
     """What hears of new videos and windows, around two methods that every stock DF pipeline calls for each of them."""
     check_inputs, make_matrix = pipe.check_inputs, pipe.generate_timestep_matrix
 
@@ -234,5 +210,4 @@ def _listeners(pipe: Any, hook: MotionCacheHook) -> dict[str, Listener]:
         )
         return result
 
-    calls = {"check_inputs": on_video, "generate_timestep_matrix": on_window}
-    return {name: Listener(call, vars(pipe).get(name)) for name, call in calls.items()}
+    return {"check_inputs": on_video, "generate_timestep_matrix": on_window}
