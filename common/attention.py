@@ -9,9 +9,12 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import is_flash_attn_available, is_flash_attn_version
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _FLASH_INSTALLED = is_flash_attn_available() and is_flash_attn_version(">=", "2.6.3")  # the least that diffusers takes
 _FEW_QUERIES = 192  # below, PyTorch's CPU kernel takes smaller blocks, and a second thread hardly speeds it up
+_BESIDES_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_cudnn_left_out = False
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendName | None = None) -> Tensor:
@@ -32,6 +35,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendN
             backend = AttentionBackendName.FLASH
         elif _suits_matrix_products(query):
             return _matrix_products(query, key, value)
+    if _cudnn_left_out and torch.compiler.is_compiling():
+        # A graph keeps the kernel that it was compiled with. Said in it, the choice is the graph's, and calls outside
+        # of `without_cudnn` get one of their own.
+        with sdpa_kernel(_BESIDES_CUDNN):
+            return dispatch_attention_fn(query, key, value, backend=backend)
     return dispatch_attention_fn(query, key, value, backend=backend)
 
 
@@ -42,11 +50,14 @@ def without_cudnn() -> Iterator[None]:
     cuDNN plans for every shape that it meets, which takes longer than many attentions of a shape that comes once; and a
     stock model's mask of a whole window has more elements than it counts to.
     """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    global _cudnn_left_out
+    before = torch.backends.cuda.cudnn_sdp_enabled(), _cudnn_left_out
     torch.backends.cuda.enable_cudnn_sdp(False)
+    _cudnn_left_out = True
     try:
         yield
     finally:
+        enabled, _cudnn_left_out = before
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 

@@ -5,6 +5,7 @@ import torch
 from magi_random import make_magi_pipeline
 from skyreels_random import random_pipeline
 
+from common.attention import attend, without_cudnn
 from common.cache import Engine, MotionCacheConfig, Staging
 from magi1_motioncache import apply_motioncache as attach_magi
 from skyreels_v2_motioncache import apply_motioncache
@@ -69,3 +70,25 @@ def test_one_compiled_block_serves_all_layers_and_chunks(make, graphs, kept_else
     first = len(seen)
     call()
     assert len(seen) == first
+
+
+def test_calls_that_leave_cudnn_out_have_graphs_of_their_own(graphs):
+    backend, seen = graphs
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    key = torch.randn(1, 40, 2, 8)
+
+    def choices():
+        return ["_sdpa_kernel" in graph.code for graph in seen]
+
+    def call(queries):
+        query = torch.randn(1, queries, 2, 8)
+        torch.testing.assert_close(compiled(query, key, key), attend(query, key, key))
+
+    call(200)
+    with without_cudnn():
+        for queries in (200, 201, 202):
+            call(queries)
+    assert choices() == [False, True, True]
+    call(203)  # the newest graph fits all numbers of queries, and is not for this call
+    assert choices() == [False, True, True, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
