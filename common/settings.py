@@ -49,7 +49,7 @@ class RunSettings:
         dtype: `auto` is bfloat16 on CUDA and float32 on a CPU. The VAE stays in float32.
         offload: `model` keeps on the GPU only the part that is at work, `group` only the layers that are.
         compile: whether the transformer's blocks go through `torch.compile`, in every stage of a comparison. It is not
-            combined with `offload: group` or `cache.kv_extrapolation`.
+            combined with `offload: group`.
         cache: what is cached.
 
     Raises:
@@ -87,21 +87,11 @@ class RunSettings:
         check_range("seed", self.seed, 0, LARGEST_SEED)
         if self.image is not None and self.video is not None:
             raise UserError("image and video are both given; a video starts with one of them, leave the other out")
-        self._check_compile()
-
-    def _check_compile(self) -> None:
-        """What happens between blocks, or differs from one to the next, cannot be in the one graph that serves all."""
-        in_the_way = [
-            (self.offload == "group", "offload: 'group', which moves weights between blocks", "offload=none"),
-            (
-                self.cache.kv_extrapolation,
-                "cache.kv_extrapolation: true, which keeps lines of K/V by block",
-                "cache.kv_extrapolation=false",
-            ),
-        ]
-        for is_set, what, instead in in_the_way:
-            if self.compile and is_set:
-                raise UserError(f"compile: true is not combined with {what}; use --set compile=false or {instead}")
+        if self.compile and self.offload == "group":
+            raise UserError(
+                "compile: true is not combined with offload: 'group', which moves weights between blocks; "
+                "use --set compile=false or offload=none"
+            )
 
     @property
     def kind(self) -> Kind:

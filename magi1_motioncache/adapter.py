@@ -98,31 +98,28 @@ class CachedDenoiser(ExactDenoiser):
         """Block stack outputs of all tokens of the chunk, `[1, tokens, hidden]`: computed, reused, or some of each."""
         step = self._step(call, inputs)
         role = "refresh" if call.role in (Role.CLEAN, Role.PREFIX) else "denoise"
-        time = self.engine.time(step) if role == "denoise" else None
 
         def blocks(hidden: Tensor, tokens: Tensor | None) -> Tensor:
             chosen = inputs if tokens is None else inputs.select(tokens)
-            return self.transformer.run_blocks(chosen, self.keys_values(call, tokens, time))
+            return self.transformer.run_blocks(chosen, self.keys_values(call, tokens))
 
         patches = to_tokens(self._latents, (1, PATCH, PATCH)) if self.engine.needs_latents else None
         signals = Signals(inputs.hidden, latents=patches)
         return self.engine.run_blocks(step, signals, blocks, role)
 
-    def keys_values(
-        self, call: ChunkCall, tokens: Tensor | None = None, time: float | None = None
-    ) -> ChunkView | OwnKeysOnly:
+    def keys_values(self, call: ChunkCall, tokens: Tensor | None = None) -> ChunkView | OwnKeysOnly:
         """What the chunk attends to (see `ExactDenoiser`)."""
         # Passes that leave no trace for other chunks still attend to the keys of their own reused tokens.
         if not self.engine.selects_tokens or _branch(call) not in LEAVE_NO_TRACE:
-            return super().keys_values(call, tokens, time)
+            return super().keys_values(call, tokens)
         start = call.chunk * self._chunk_tokens
-        return ChunkView(self.cache(_branch(call)), Write(start, self._chunk_tokens, tokens, time, seen_from=start))
+        return ChunkView(self.cache(_branch(call)), Write(start, self._chunk_tokens, tokens, seen_from=start))
 
     def new_cache(self) -> KVCache:
         """An empty cache as the config wants it."""
         compression = Compression.of(self.engine.config, self._grid)
         staging = self.engine.new_staging(self._latents.device)
-        cache = KVCache(*self._sizes, compression=compression, line=self.engine.new_line(), staging=staging)
+        cache = KVCache(*self._sizes, compression=compression, staging=staging)
         self.engine.watch(cache)
         return cache
 

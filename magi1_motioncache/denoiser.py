@@ -99,15 +99,12 @@ class ExactDenoiser:
         """Velocity `[1, channels, frames, height, width]` from the block stack's outputs."""
         return self.transformer.unpatchify(self.transformer.head(hidden), inputs.grid)
 
-    def keys_values(
-        self, call: ChunkCall, tokens: Tensor | None = None, time: float | None = None
-    ) -> ChunkView | OwnKeysOnly:
+    def keys_values(self, call: ChunkCall, tokens: Tensor | None = None) -> ChunkView | OwnKeysOnly:
         """What the chunk attends to, and where its keys go.
 
         Args:
             call: the forward, for which `prepare` was called.
             tokens: `[count]` indices when only some of the chunk's tokens are run.
-            time: time variable of the step, for a cache with a line.
         """
         if call.role is Role.NEAR or call.branch is Pass.UNCOND:
             return OwnKeysOnly()
@@ -115,12 +112,12 @@ class ExactDenoiser:
         start, seen_from = call.chunk * size, call.kv_start * size
         own = self.cache(call.branch.value)
         if call.branch is self.plan.keeping_pass:
-            write = Write(start, size, tokens, time, seen_from)
+            write = Write(start, size, tokens, seen_from)
             return ChunkView(own, write, final=call.role in (Role.CLEAN, Role.PREFIX))
         own.drop_before(call.own_from * size)
         border = min(max(call.own_from, call.kv_start), call.chunk) * size
         history = self.cache(self.plan.keeping_pass.value)
-        return ChunkView(own, Write(start, size, tokens, time, border), history, seen_from)
+        return ChunkView(own, Write(start, size, tokens, border), history, seen_from)
 
     @property
     def _sizes(self) -> tuple[int, int, int]:

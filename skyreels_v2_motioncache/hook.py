@@ -182,7 +182,7 @@ class MotionCacheHook(ModelHook):
             self._staging = self.engine.new_staging(hidden_states.device)
         config, rows = module.config, self.plan.chunks * tokens
         size = len(module.blocks), config.num_attention_heads, config.attention_head_dim
-        cache = KVCache(*size, rows, compression, self.engine.new_line(), self._staging)
+        cache = KVCache(*size, rows, compression, self._staging)
         self.engine.watch(cache)
         return cache
 
@@ -254,7 +254,6 @@ class MotionCacheHook(ModelHook):
         start = chunk * tokens
         step = self._step(name, iteration, chunk, grid, kv_tokens=branch.kv.length(start + tokens))
         role = "denoise" if self.plan.status(iteration, chunk) == "active" else "refresh"
-        time = self.engine.time(step) if role == "denoise" else None
 
         def stack(x: Tensor, text: Tensor, modulation: Tensor, table: Tensor, mask: None) -> Tensor:
             # Behind the patch embedding a token's channels are a chunk apart, and blocks keep the layout they are
@@ -266,7 +265,7 @@ class MotionCacheHook(ModelHook):
                 if index is not None:
                     r = table.index_select(1, index)
                     m = modulation[:, :, index] if modulation.dim() == 4 else modulation
-                write = Write(start, tokens, index, time)
+                write = Write(start, tokens, index)
                 compress = branch.kv.compression is not None and self._becomes_final(iteration, chunk)
                 if not branch.prompts:
                     branch.prompts = [attention.Prompt(text) for _ in self.route.blocks]

@@ -8,7 +8,7 @@ import torch
 
 from common.cache import MotionCacheConfig, Record, Trace
 from common.cache.distance import joint_relative_l1, log_snr, relative_l1, rescale, table_entry
-from common.cache.mask import blockwise, bucketed, graded, most_urgent, temporal_vote
+from common.cache.mask import bucketed, graded, most_urgent, temporal_vote
 from common.cache.motion import motion_map, motion_weights
 from common.cache.residual import ReuseBuffer
 from common.errors import UserError
@@ -38,7 +38,6 @@ def test_motion_weights_of_equation_10():
     scores = torch.tensor([[0.0, 1, 2, 4], [5, 5, 5, 5]])
     weights = motion_weights(scores, alpha=0.6)
     torch.testing.assert_close(weights, torch.tensor([0.6, 0.7, 0.8, 1.0, 0.6, 0.6, 0.6, 0.6]))
-    torch.testing.assert_close(motion_weights(scores, 0.0, power=2.0)[:4], torch.tensor([0.0, 1 / 16, 1 / 4, 1]))
     assert motion_weights(scores, alpha=1.0).eq(1).all()
 
 
@@ -56,14 +55,6 @@ def test_most_urgent_puts_wanted_tokens_first():
     assert most_urgent(urgency, 2, wanted).tolist() == [1, 4]
     assert most_urgent(urgency, 3, wanted).tolist() == [0, 1, 4]
     assert most_urgent(urgency, 2).tolist() == [0, 3]
-
-
-def test_blockwise_is_the_mean_of_each_square_and_of_what_is_left_at_the_edges():
-    urgency = torch.arange(18.0)  # two frames of 3 rows and 3 columns
-    squares = torch.tensor([[2.0, 2, 3.5], [2, 2, 3.5], [6.5, 6.5, 8]])
-    expected = torch.stack([squares, squares + 9]).flatten()
-    torch.testing.assert_close(blockwise(urgency, (2, 3, 3), 2), expected)
-    assert torch.equal(blockwise(urgency, (2, 3, 3), 1), urgency)
 
 
 def test_bucketed():
@@ -126,20 +117,11 @@ class TestReuseBuffer:
         torch.testing.assert_close(buffer.predict(6.0, torch.device("cpu")), torch.full((1, 2, 3), 5.0))
 
     def test_change_is_relative_l1_per_token(self):
-        buffer = ReuseBuffer(measure="change")
+        buffer = ReuseBuffer(measures_change=True)
         buffer.store(torch.ones(1, 3, 2), 0.0)
         assert buffer.change.eq(0).all()
         buffer.store(torch.full((1, 1, 2), 1.5), 1.0, torch.tensor([1]))
         torch.testing.assert_close(buffer.change, torch.tensor([0.0, 0.5, 0.0]))
-
-    def test_error_is_that_of_the_value_that_would_have_been_reused(self):
-        buffer = ReuseBuffer(order=1, measure="error", weight=0.5)
-        for time in (0.0, 1.0):
-            buffer.store(torch.full((1, 3, 2), time), time)
-        buffer.store(torch.full((1, 1, 2), 5.0), 3.0, torch.tensor([2]))  # half of the line from 1 at time 1 says 2
-        torch.testing.assert_close(buffer.change, torch.tensor([1.0, 1.0, 3.0]))
-        buffer.store(torch.full((1, 3, 2), 4.0), 3.0)
-        torch.testing.assert_close(buffer.change, torch.tensor([2.0, 2.0, 1.0]))
 
     def test_a_selection_needs_a_whole_step_before(self):
         with pytest.raises(RuntimeError, match="must cover all"):
@@ -161,11 +143,6 @@ class TestConfig:
             ({"distance": "table", "distance_table": [0.1, math.nan]}, "a list, each of it a finite number"),
             ({"budget": 0}, "allowed: 0.01 to 1"),
             ({"grading": 1.0}, "allowed: 0 to 0.95"),
-            ({"selection": "light"}, "give 'threshold' or"),
-            ({"selection_share": 0}, "allowed: 0.01 to 1"),
-            ({"selection_block": 0}, "allowed: at least 1"),
-            ({"whole_chunks": -1}, "allowed: at least 0"),
-            ({"selection": "due", "budget": 0.5}, "set budget to null"),
             ({"extrapolation_weight": 1.5}, "allowed: 0 to 1"),
             ({"grading": 0.5, "method": "teacache"}, "decides once for all chunks"),
             ({"warmup_steps": 0}, "allowed: at least 1"),

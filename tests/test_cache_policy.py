@@ -217,7 +217,7 @@ def test_steps_as_the_unit_of_the_chunk_phase():
     assert set(decisions(engine)[6:]) == {"select"}
 
 
-SCORES = ["output_motion", "latent_motion", "input_change", "residual_change", "reuse_error", "random"]
+SCORES = ["output_motion", "latent_motion", "input_change", "residual_change", "random"]
 
 
 @pytest.mark.parametrize("score", SCORES)

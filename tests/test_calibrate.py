@@ -137,11 +137,9 @@ def test_foretold_decisions_and_flops_are_those_of_a_run(config):
     generator = subject.generator(*TAKE)
     exact = sample(generator, EXACT, decode=False)
     saving, per_token = savings(generator, exact.trace), token_savings(generator, exact.trace)
-    selecting = {"selection": "due", "chunk_phase": 1, "chunk_phase_unit": "updates", "score": "reuse_error"}
-    for threshold, more in ((0.25, {}), (0.35, {}), (0.35, selecting)):
-        cache = subject.settings.cache.replace(**PER_CHUNK, threshold=threshold, **more)
+    for threshold in (0.25, 0.35):
+        cache = subject.settings.cache.replace(**PER_CHUNK, threshold=threshold)
         told = foretell(exact.trace.records, cache)
-        assert any(r.decision == "select" for r in told) == bool(more)
         made = sample(generator, cache, decode=False)
         assert decisions(told) == decisions(made.trace.records)
         triples = zip(saving, per_token, told, strict=True)
@@ -152,7 +150,6 @@ def test_foretold_decisions_and_flops_are_those_of_a_run(config):
 def test_what_depends_on_the_video_is_not_foretold():
     per_chunk = MotionCacheConfig(**PER_CHUNK)
     assert is_foretellable(per_chunk)
-    assert is_foretellable(per_chunk.replace(selection="between"))
     for changes in ({"alpha": 0.6}, {"distance": "input"}, {"kv_budget": 2}, {"method": "teacache"}):
         assert not is_foretellable(per_chunk.replace(**changes))
     with pytest.raises(ValueError, match="not known before a run"):

@@ -83,7 +83,6 @@ def test_all_stages_are_compiled_and_make_the_same_videos(run, graphs, capsys):
             "compile: true is not combined with offload: 'group', which moves weights between blocks; "
             "use --set compile=false or offload=none",
         ),
-        ({"cache": {"kv_extrapolation": True, "extrapolation": "logsnr"}}, "with cache.kv_extrapolation: true"),
     ],
 )
 def test_what_it_is_not_combined_with(changes, message):

@@ -118,7 +118,7 @@ def computed(engine: Engine, window: int, first: int, steps: int = STEPS) -> lis
     "config",
     [
         MotionCacheConfig(distance="input", alpha=1.0, threshold=0.6, warmup_steps=1, grading=0.9),
-        TOKENWISE.replace(shared_selection=True, whole_chunks=1),
+        TOKENWISE.replace(shared_selection=True),
         MotionCacheConfig(distance="input", method="teacache", threshold=0.6, warmup_steps=1),
     ],
     ids=["graded", "shared", "teacache"],

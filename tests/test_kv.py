@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from common.cache import Compression, KVCache, Staging, Write
-from common.cache.kv_line import KeyValueLine
 
 CPU = torch.device("cpu")
 
@@ -102,25 +101,6 @@ def test_caches_share_a_staging_in_turn():
             for number, (keys, values) in enumerate(write(cache, Write(start, 4), k, v)):
                 assert torch.equal(keys, torch.cat([k] * (start // 4 + 1), dim=1) * (number + 1))
                 assert torch.equal(values, torch.cat([v] * (start // 4 + 1), dim=1) * (number + 1))
-
-
-def test_a_line_completes_a_selected_write(make):
-    line = KeyValueLine(1, 1.0, None)
-    cache = make(1, 8, 3, line=line)
-    key, slope = torch.randn(2, 1, 4, 2, 3).unbind(0)
-    some = torch.tensor([1, 3])
-    at = lambda time: (key + slope * time, key - slope * time)  # noqa: E731
-    write(cache, Write(0, 4), key, key)
-    for time in (0.0, 1.0):
-        write(cache, Write(4, 4, time=time), *at(time))
-    selected = [rows[:, some] for rows in at(3.0)]
-    (found,) = write(cache, Write(4, 4, some, 3.0), *selected)
-    for rows, expected in zip(found, at(3.0), strict=True):
-        torch.testing.assert_close(rows[:, 4:], expected)
-    assert line.bytes > 0
-    write(cache, Write(4, 4), *at(4.0))
-    cache.freeze(4)
-    assert line.bytes == 0
 
 
 def test_writes_that_are_not_allowed(make):

@@ -138,13 +138,13 @@ def test_neither_stream_overtakes_what_the_other_needs(gpu, budget, seed):
 
     for chunk in range(8):
         start = chunk * CHUNK
-        both(Write(start, CHUNK, None, None, max(0, start - 2 * CHUNK)), *rows(CHUNK))
+        both(Write(start, CHUNK, None, max(0, start - 2 * CHUNK)), *rows(CHUNK))
         for step in range(3):  # the chunk before it goes on as well
             for at in (start - CHUNK, start)[chunk == 0 :]:
                 tokens = torch.randperm(CHUNK, generator=generator)[: step + 1].sort().values
-                both(Write(at, CHUNK, tokens, None, max(0, at - CHUNK)), *rows(step + 1))
+                both(Write(at, CHUNK, tokens, max(0, at - CHUNK)), *rows(step + 1))
         if chunk:
-            clean = Write(start - CHUNK, CHUNK, None, None, max(0, start - 3 * CHUNK))
+            clean = Write(start - CHUNK, CHUNK, None, max(0, start - 3 * CHUNK))
             both(clean, *rows(CHUNK), torch.randn(1, CHUNK, HEADS, WIDTH, generator=generator))
             for cache in (here, waiting):
                 cache.drop_before(start - 3 * CHUNK)

@@ -24,7 +24,6 @@ class MotionCacheConfig:
             and less faithful.
         alpha: α of Eq. 10, the smallest weight a token can have. 1 gives every token the same weight, which makes the
             decision per chunk: FlowCache (arXiv 2602.10825).
-        weight_power: exponent on the normalised motion before α is applied (1 as published).
         warmup_steps: first steps of a chunk that are computed whole, for TeaCache first iterations of a window (its
             retention steps). The public code computes five with its `warmup 4`: steps 0 to 4.
         chunk_phase: length of the chunk-level phase between warm-up and token phase (K).
@@ -41,16 +40,6 @@ class MotionCacheConfig:
             `threshold` counts times 1 - grading for the first chunk that is denoised, times 1 + grading for the fourth
             and all after it, in even steps between (see `mask.graded`). 0 treats all alike, as published. A `budget`
             is divided by the same factor. Not for TeaCache.
-        selection: when a chunk in the token phase computes tokens, and how many. `"threshold"`: those whose weighted
-            sum reaches τ, as published. In the other two the chunk's own sum of Δ decides, and the most urgent tokens
-            are taken: those with the greatest score times sum of Δ since they were last computed. `alpha`,
-            `weight_power`, `min_update_share` and `temporal_vote` have no part in that. `"due"`: once the sum reaches
-            `selection_share` of τ, as large a share of the tokens as the sum is of τ. `"between"`: all of them when the
-            sum reaches τ, and once halfway `selection_share` of them. How many are computed depends on the steps alone.
-        selection_share: smallest share of a step in `"due"`, share of the light steps in `"between"`.
-        selection_block: side of the squares of tokens that are chosen together, by their mean urgency; not in
-            `"threshold"`.
-        whole_chunks: the first so many chunks that are denoised never come to the token phase.
         shared_selection: guidance passes of a chunk's step compute the tokens that the first of them chose. Where one
             pass computes a token and another reuses it, their errors no longer cancel, and guidance multiplies what is
             left. False as published.
@@ -64,9 +53,9 @@ class MotionCacheConfig:
             number of steps it is resampled.
         score: what the weights are made of: `"output_motion"` (inter-frame difference of the block stack's outputs),
             `"latent_motion"` (of the noisy latents), `"input_change"` (the token's own input since it was last
-            computed), `"residual_change"` (relative change of its cached value when last measured), `"reuse_error"`
-            (mean absolute error that reusing it would have made then) or `"random"` (a number drawn anew at every step
-            of a chunk, the same in all its guidance passes and in every run: what choosing well is compared with).
+            computed), `"residual_change"` (relative change of its cached value when last measured) or `"random"` (a
+            number drawn anew at every step of a chunk, the same in all its guidance passes and in every run: what
+            choosing well is compared with).
         reuse: what a reused token takes from the cache: `"residual"` (block stack output minus input), `"velocity"`
             (the model's output) or `"update"` (output times step size, `x_new - x_old` of an Euler step: reused
             unchanged it carries the old step's size along).
@@ -74,8 +63,6 @@ class MotionCacheConfig:
             values linearly over σ or over λ = log((1-σ)/σ). They keep two values per token instead of one.
         extrapolation_weight: share of the extended change that is added to the held value: 1 follows the line, less
             trusts it less.
-        kv_extrapolation: K/V that selected tokens attend to of their chunk's reused tokens are extended as the cached
-            values are, by `extrapolation`, instead of staying as they were computed (False, as published).
         bucket: numbers of selected tokens are rounded up to a multiple of this; the surplus goes to the next most
             urgent tokens. Keeps shapes few for compiled blocks.
         kv_budget: chunks' worth of clean K/V to keep per KV head (FlowCache's compression, see `compression`); `None`
@@ -94,7 +81,6 @@ class MotionCacheConfig:
     method: Literal["exact", "motioncache", "teacache"] = "motioncache"
     threshold: float = 0.1
     alpha: float = 0.6
-    weight_power: float = 1.0
     warmup_steps: int = 5
     chunk_phase: int = 6
     chunk_phase_unit: Literal["updates", "steps"] = "updates"
@@ -102,21 +88,14 @@ class MotionCacheConfig:
     temporal_vote: bool = True
     budget: float | None = None
     grading: float = 0.0
-    selection: Literal["threshold", "due", "between"] = "threshold"
-    selection_share: float = 0.25
-    selection_block: int = 1
-    whole_chunks: int = 0
     shared_selection: bool = False
     distance: Literal["modulation", "input", "table"] = "modulation"
     polynomial: tuple[float, ...] | None = None
     distance_table: tuple[float, ...] | None = None
-    score: Literal["output_motion", "latent_motion", "input_change", "residual_change", "reuse_error", "random"] = (
-        "output_motion"
-    )
+    score: Literal["output_motion", "latent_motion", "input_change", "residual_change", "random"] = "output_motion"
     reuse: Literal["residual", "velocity", "update"] = "residual"
     extrapolation: Literal["hold", "sigma", "logsnr"] = "hold"
     extrapolation_weight: float = 1.0
-    kv_extrapolation: bool = False
     bucket: int = 1
     kv_budget: int | None = None
     kv_granularity: Literal["token", "frame", "chunk"] = "token"
@@ -131,25 +110,16 @@ class MotionCacheConfig:
             check_type(name, getattr(self, name), hint)
         check_range("threshold", self.threshold, 0.0, None)
         check_range("alpha", self.alpha, 0.0, 1.0)
-        check_range("weight_power", self.weight_power, 0.01, 100.0)
         check_range("warmup_steps", self.warmup_steps, 1, None)
         check_range("chunk_phase", self.chunk_phase, 0, None)
         check_range("min_update_share", self.min_update_share, 0.0, 1.0)
         check_range("bucket", self.bucket, 1, None)
-        check_range("selection_share", self.selection_share, 0.01, 1.0)
-        check_range("selection_block", self.selection_block, 1, None)
-        check_range("whole_chunks", self.whole_chunks, 0, None)
         if self.kv_budget is not None:
             check_range("kv_budget", self.kv_budget, 1, None)
         if self.budget is not None:
             check_range("budget", self.budget, 0.01, 1.0)
             if self.method == "teacache":
                 raise UserError(f"budget: {self.budget:g} is not allowed for method 'teacache'; set threshold instead")
-            if self.selection != "threshold":
-                raise UserError(
-                    f"budget: {self.budget:g} is not allowed with selection {self.selection!r}, which counts tokens by "
-                    "threshold; set budget to null, or selection to 'threshold'"
-                )
         check_range("extrapolation_weight", self.extrapolation_weight, 0.0, 1.0)
         check_range("grading", self.grading, 0.0, 0.95)
         if self.grading and self.method == "teacache":
@@ -170,7 +140,7 @@ class MotionCacheConfig:
     @property
     def token_level(self) -> bool:
         """Whether tokens of one chunk can be treated differently. With α = 1 Eq. 13 cannot tell them apart."""
-        return self.method == "motioncache" and (self.alpha < 1.0 or self.selection != "threshold")
+        return self.method == "motioncache" and self.alpha < 1.0
 
     @property
     def tag(self) -> str:
@@ -178,23 +148,20 @@ class MotionCacheConfig:
         if self.method == "exact":
             return "exact"
         how_much = f"t{self.threshold:g}" if self.budget is None else f"b{self.budget:g}"
-        per_token = [f"a{self.alpha:g}", f"k{self.chunk_phase}"] if self.method == "motioncache" else []
+        unit = "s" if self.chunk_phase_unit == "steps" else ""
+        per_token = [f"a{self.alpha:g}", f"k{self.chunk_phase}{unit}"] if self.method == "motioncache" else []
         parts = [self.method, how_much, *per_token, f"w{self.warmup_steps}", self.distance]
         if self.grading:
             parts.append(f"g{self.grading:g}")
         default = type(self)()
-        if self.selection != default.selection:
-            parts.append(f"{self.selection}{self.selection_share:g}")
-        parts += [
-            f"{short}{value:g}"
-            for short, value, usual in (
-                ("s", self.selection_block, default.selection_block),
-                ("c", self.whole_chunks, default.whole_chunks),
-            )
-            if value != usual
-        ]
+        if self.min_update_share != default.min_update_share:
+            parts.append(f"m{self.min_update_share:g}")
+        if not self.temporal_vote:
+            parts.append("novote")
         if self.shared_selection:
             parts.append("shared")
+        if self.bucket != default.bucket:
+            parts.append(f"bucket{self.bucket}")
         parts += [
             str(getattr(self, n))
             for n in ("score", "reuse", "extrapolation")
@@ -202,8 +169,6 @@ class MotionCacheConfig:
         ]
         if self.extrapolation != "hold" and self.extrapolation_weight != 1.0:
             parts.append(f"x{self.extrapolation_weight:g}")
-        if self.kv_extrapolation:
-            parts.append("kvline")
         if self.kv_budget is not None:
             parts.append(f"kv{self.kv_budget}{self.kv_granularity}")
         return "-".join(parts)

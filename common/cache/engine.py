@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from common.attention import without_cudnn
 from common.cache.config import MotionCacheConfig
 from common.cache.distance import log_snr
-from common.cache.kv_line import KeyValueLine
 from common.cache.policy import (
     FULL,
     Choice,
@@ -35,9 +34,6 @@ POLICIES: dict[str, Callable[[MotionCacheConfig], Policy]] = {
     "motioncache": MotionCachePolicy,
     "teacache": TeaCachePolicy,
 }
-
-MEASURED: dict[str, Literal["change", "error"]] = {"residual_change": "change", "reuse_error": "error"}
-"""Scores that the buffer of reused values takes."""
 
 
 class HoldsMemory(Protocol):
@@ -78,7 +74,6 @@ class Engine:
         self.trace = trace or Trace()
         self._watched: list[HoldsMemory] = []
         self._states: dict[tuple[int, str], ChunkState] = {}
-        self._storage = torch.device("cpu") if config.state_device == "cpu" else None
         self._caches = config.method != "exact"
         self._current: tuple[ChunkStep, ChunkState, Signals, Choice, Role, Tensor] | None = None
 
@@ -114,16 +109,7 @@ class Engine:
 
     def new_staging(self, device: torch.device) -> Staging | None:
         """What keeps K/V in main memory for a model on `device`; None leaves them where they are."""
-        return None if self._storage is None or self._storage == device else Staging(device)
-
-    def new_line(self) -> KeyValueLine | None:
-        """What extends K/V of one guidance pass of this window, counted in `memory`; None if nothing does."""
-        cfg = self.config
-        if not (self.selects_tokens and cfg.kv_extrapolation):
-            return None
-        line = KeyValueLine(self._order, cfg.extrapolation_weight, self._storage)
-        self.watch(line)
-        return line
+        return Staging(device) if self.config.state_device == "cpu" != device.type else None
 
     def memory(self) -> dict[str, int]:
         """Bytes held now: `kv` of the watched caches, `values` to be reused, `signals` that decisions are made from.
@@ -141,8 +127,8 @@ class Engine:
         key = (chunk, branch)
         if key not in self._states:
             cfg = self.config
-            measure = MEASURED.get(cfg.score) if self.selects_tokens else None
-            buffer = ReuseBuffer(self._order, measure=measure, weight=cfg.extrapolation_weight)
+            measures = self.selects_tokens and cfg.score == "residual_change"
+            buffer = ReuseBuffer(self._order, measures_change=measures, weight=cfg.extrapolation_weight)
             self._states[key] = ChunkState(buffer)
         return self._states[key]
 
@@ -187,7 +173,7 @@ class Engine:
         else:
             outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self.time(step), x.device)
             if choice.tokens is not None:
-                with without_cudnn() if self._counts_vary else nullcontext():
+                with without_cudnn() if self.config.budget is None else nullcontext():  # nearly every one a new count
                     computed = blocks(_rows(x, choice.tokens), choice.tokens)
                 outputs.index_copy_(1, choice.tokens, computed)
         self._current = (step, state, signals, choice, role, outputs)
@@ -265,11 +251,6 @@ class Engine:
         if step.dt is None:
             raise ValueError("reuse 'update' needs a solver whose update is the output times a step size")
         return step.dt
-
-    @property
-    def _counts_vary(self) -> bool:
-        """Whether nearly every selection has a size of its own."""
-        return self.config.budget is None and self.config.selection == "threshold"
 
     @property
     def _order(self) -> int:

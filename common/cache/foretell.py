@@ -1,8 +1,7 @@
 """Decisions that can be known without running a model.
 
-With a distance measured beforehand, and tokens of equal weights (α = 1) or a `selection` by the chunk's own sum, the
-steps alone tell how many tokens are computed. The records of one exact run hold the steps, so the engine can be led
-through them with empty tokens and no blocks.
+With a distance measured beforehand and tokens of equal weights (α = 1), the steps alone tell what is computed. The
+records of one exact run hold the steps, so the engine can be led through them with empty tokens and no blocks.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from common.cache.trace import Record
 
 
 def is_foretellable(config: MotionCacheConfig) -> bool:
-    """Whether numbers of tokens depend on the steps alone, and the keys attended to are those of exact execution."""
-    counted = not config.token_level or config.selection != "threshold"
-    return config.method == "motioncache" and counted and config.distance == "table" and config.kv_budget is None
+    """Whether decisions depend on the steps alone, and the keys attended to are those of exact execution."""
+    per_chunk = config.method == "motioncache" and not config.token_level
+    return per_chunk and config.distance == "table" and config.kv_budget is None
 
 
 def foretell(exact: Sequence[Record], config: MotionCacheConfig) -> list[Record]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from common.cache.compression import Compression, gather
-from common.cache.kv_line import KeyValueLine
 from common.cache.staging import Staging
 
 
@@ -21,14 +20,12 @@ class Write:
         start: first token of the chunk in the video or window.
         length: tokens of the chunk.
         tokens: `[count]` indices inside the chunk, or None for all of them.
-        time: time variable of the step, for a cache with a `line`; None if the rows are final.
         seen_from: first token attended to; the last is the chunk's own.
     """
 
     start: int
     length: int
     tokens: Tensor | None = None
-    time: float | None = None
     seen_from: int = 0
 
     @property
@@ -45,7 +42,7 @@ class LayerKV:
 
     Attributes:
         layer: which attention layer.
-        compression, line: as for `KVCache`.
+        compression: as for `KVCache`.
         keys, values: `[batch, rows, heads, head dim]` on the model's device; None until `KVCache.open` makes room, and
             between calls where K/V wait in main memory.
         removed: rows taken out so far, all of them before any row that is still written to.
@@ -55,7 +52,6 @@ class LayerKV:
 
     layer: int
     compression: Compression | None
-    line: KeyValueLine | None
     keys: Tensor | None = None
     values: Tensor | None = None
     removed: int = 0
@@ -74,9 +70,6 @@ class LayerKV:
             which the next write changes.
         """
         tokens = write.tokens
-        if self.line is not None and write.time is not None:
-            key, value = self.line.complete(self.layer, write.start, (key, value), write.time, tokens)
-            tokens = None
         for seen, new in zip(self.seen, (key, value), strict=True):
             # Counted from the end: a compiled block has no place in the video built in.
             rows = seen[:, -write.length :]
@@ -171,7 +164,6 @@ class KVCache:
         tokens: tokens of the whole window, for which there is room from the first write on, unless K/V are compressed
             or wait elsewhere. None, and these, add rows as chunks begin.
         compression: what bounds the clean chunks' K/V.
-        line: extends the K/V of a chunk's other tokens when some are written.
         staging: keeps K/V in main memory and brings each layer's to the model's device when it is due; None leaves them
             there.
     """
@@ -183,14 +175,12 @@ class KVCache:
         width: int,
         tokens: int | None = None,
         compression: Compression | None = None,
-        line: KeyValueLine | None = None,
         staging: Staging | None = None,
     ) -> None:
         self.tokens = tokens
         self.compression = compression
-        self.line = line
         self._staging = staging
-        self._layers = [LayerKV(layer, compression, line) for layer in range(layers)]
+        self._layers = [LayerKV(layer, compression) for layer in range(layers)]
         self._shape = heads, width
         self._frozen: set[int] = set()
         self._whole: set[int] = set()  # first tokens of the chunks that were written and not dropped
@@ -199,8 +189,6 @@ class KVCache:
     def freeze(self, start: int) -> None:
         """The chunk that starts at token `start` is final: a later write there is a defect and raises."""
         self._frozen.add(start)
-        if self.line is not None:
-            self.line.release(start)
 
     def length(self, end: int, seen_from: int = 0) -> int:
         """Keys from token `seen_from` to token `end`."""
@@ -263,8 +251,6 @@ class KVCache:
         self._first = start
         for chunk in [chunk for chunk in self._whole if chunk < start]:
             self._whole.remove(chunk)
-            if self.line is not None:
-                self.line.release(chunk)
 
     @property
     def bytes(self) -> int:

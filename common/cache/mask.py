@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 GRADED_CHUNKS = 4
 """Chunks over which a grading rises; in the published settings four or five are denoised at the same time."""
@@ -40,25 +39,6 @@ def temporal_vote(wanted: Tensor, frames: int) -> Tensor:
 def bucketed(count: int, bucket: int, total: int) -> int:
     """`count` rounded up to a multiple of `bucket`, at most `total`."""
     return min(-(-count // bucket) * bucket, total)
-
-
-def blockwise(urgency: Tensor, grid: tuple[int, int, int], block: int) -> Tensor:
-    """Each token's urgency replaced by the mean over its square of a frame, so that squares are chosen together.
-
-    Args:
-        urgency: `[tokens]`, ordered frame, row, column.
-        grid: frames, rows and columns.
-        block: side of a square in tokens; those at the lower and right edge may be smaller.
-
-    Returns:
-        `[tokens]`.
-    """
-    if block == 1:
-        return urgency
-    _, rows, columns = grid
-    means = avg_pool2d(urgency.view(grid), block, ceil_mode=True, count_include_pad=False)
-    spread = means.repeat_interleave(block, 1).repeat_interleave(block, 2)
-    return spread[:, :rows, :columns].flatten()
 
 
 def most_urgent(urgency: Tensor, count: int, wanted: Tensor | None = None) -> Tensor:

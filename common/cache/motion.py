@@ -38,13 +38,12 @@ def motion_map(features: Tensor, grid: tuple[int, int, int], previous_frame: Ten
     return torch.cat([difference[:1], difference])
 
 
-def motion_weights(scores: Tensor, alpha: float, power: float = 1.0) -> Tensor:
-    """Update frequency per token, `W = α + (1-α)·norm(scores)^power`, min-max normalised per frame (Eq. 10).
+def motion_weights(scores: Tensor, alpha: float) -> Tensor:
+    """Update frequency per token, `W = α + (1-α)·norm(scores)`, min-max normalised per frame (Eq. 10).
 
     Args:
         scores: `[frames, tokens per frame]`, any non-negative measure of change.
         alpha: smallest weight, 0 to 1.
-        power: exponent on the normalised score.
 
     Returns:
         `[frames * tokens per frame]` float32 in `[alpha, 1]`.
@@ -52,4 +51,4 @@ def motion_weights(scores: Tensor, alpha: float, power: float = 1.0) -> Tensor:
     low = scores.amin(dim=1, keepdim=True)
     high = scores.amax(dim=1, keepdim=True)
     normalised = (scores - low) / (high - low + _EPS)
-    return (alpha + (1.0 - alpha) * normalised.pow(power)).flatten()
+    return (alpha + (1.0 - alpha) * normalised).flatten()

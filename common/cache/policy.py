@@ -74,8 +74,6 @@ class ChunkState:
     weights: Tensor | None = None  # [tokens] W of Eq. 10, once the token phase has begun
     updates: int = 0  # steps after warm-up that computed something
     since: Tensor | float = 0.0  # Δ summed up since the chunk was last computed, where that decides
-    light: bool = False  # whether a light step was made since
-    span: Tensor | None = None  # [tokens] Δ between a token's last two computations
     credit: float = 0.0  # share of a whole chunk saved up, in budget form
     previous_signal: Tensor | None = None
     last_input: Tensor | None = None  # [batch, tokens, channels] input of each token when it was last computed
@@ -84,7 +82,7 @@ class ChunkState:
     @property
     def signal_bytes(self) -> int:
         """Memory held besides the cached values: what decisions and weights are made from."""
-        held = (self.accumulated, self.weights, self.span, self.previous_signal, self.last_input, self.last_frame)
+        held = (self.accumulated, self.weights, self.previous_signal, self.last_input, self.last_frame)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
@@ -218,17 +216,12 @@ class MotionCachePolicy(ExactPolicy):
             # A branch may begin late in a chunk's life (a distilled MAGI-1's second look): it has nothing to reuse yet.
             state.accumulated = torch.zeros(step.tokens, device=signals.inputs.device)
             return FULL
-        by_weight = cfg.selection == "threshold" and state.weights is not None
-        state.accumulated = state.accumulated + (state.weights if by_weight else 1.0) * change
+        state.accumulated = state.accumulated + (1.0 if state.weights is None else state.weights) * change
         state.since = state.since + change
         choice = self._choice(step, state)
         if choice.decision != "reuse":
             state.updates += 1
-            tokens = slice(None) if choice.tokens is None else choice.tokens
-            if cfg.selection != "threshold":
-                state.span = torch.ones_like(state.accumulated) if state.span is None else state.span
-                state.span[tokens] = state.accumulated[tokens]
-            state.accumulated[tokens] = 0.0
+            state.accumulated[slice(None) if choice.tokens is None else choice.tokens] = 0.0
         return choice
 
     def _choice(self, step: ChunkStep, state: ChunkState) -> Choice:
@@ -239,10 +232,8 @@ class MotionCachePolicy(ExactPolicy):
             choice = self._own_choice(step, state)
             if follows:
                 self._led[step.chunk] = step.iteration, choice
-        if choice.decision == "full" or (choice.decision == "select" and self.config.selection == "due"):
-            state.since, state.light = 0.0, False
-        elif choice.decision == "select":
-            state.light = True
+        if choice.decision == "full":
+            state.since = 0.0
         return choice
 
     def _own_choice(self, step: ChunkStep, state: ChunkState) -> Choice:
@@ -250,19 +241,13 @@ class MotionCachePolicy(ExactPolicy):
         grade = mask.graded(cfg.grading, step.chunk - self._first_chunk)
         if cfg.budget is not None:
             return self._by_budget(step, state, min(cfg.budget / grade, 1.0))
-        threshold = cfg.threshold * grade
-        if cfg.selection == "threshold" or state.weights is None:
-            return self._by_threshold(step, state, threshold)
-        return self._by_sum(step, state, float(state.since) / threshold if threshold else 1.0)
+        return self._by_threshold(step, state, cfg.threshold * grade)
 
     def observe(self, step, state, neighbour, signals, outputs) -> None:
         cfg = self.config
         if self._in_token_phase(step, state):
             scores = self._scores(step, state, neighbour, signals, outputs)
-            if cfg.selection == "threshold":
-                state.weights = motion.motion_weights(scores, cfg.alpha, cfg.weight_power)
-            else:
-                state.weights = scores.flatten()
+            state.weights = motion.motion_weights(scores, cfg.alpha)
         self._remember_last_frame(step, state, signals, outputs)
 
     def observe_refresh(self, step, state, signals, outputs) -> None:
@@ -278,8 +263,7 @@ class MotionCachePolicy(ExactPolicy):
 
     def _in_token_phase(self, step: ChunkStep, state: ChunkState) -> bool:
         cfg = self.config
-        place = step.chunk - (step.chunk if self._first_chunk is None else self._first_chunk)
-        if not cfg.token_level or place < cfg.whole_chunks or step.step + 1 < cfg.warmup_steps:
+        if not cfg.token_level or step.step + 1 < cfg.warmup_steps:
             return False
         reached = state.updates if cfg.chunk_phase_unit == "updates" else step.step + 1
         return reached >= cfg.chunk_phase
@@ -299,21 +283,6 @@ class MotionCachePolicy(ExactPolicy):
             return FULL
         return Choice("select", mask.most_urgent(state.accumulated, count, wanted))
 
-    def _by_sum(self, step: ChunkStep, state: ChunkState, due: float) -> Choice:
-        """`due`: the chunk's sum of Δ since it was last computed, over its threshold."""
-        cfg = self.config
-        if due >= 1.0:
-            return FULL
-        if cfg.selection == "due":
-            share = due if due >= cfg.selection_share else 0.0
-        else:
-            share = cfg.selection_share if due >= 0.5 and not state.light else 0.0
-        if not share:
-            return REUSE
-        count = mask.bucketed(max(1, round(share * step.tokens)), cfg.bucket, step.tokens)
-        urgency = mask.blockwise(state.weights * state.accumulated, step.grid, cfg.selection_block)
-        return FULL if count == step.tokens else Choice("select", mask.most_urgent(urgency, count))
-
     def _by_budget(self, step: ChunkStep, state: ChunkState, budget: float) -> Choice:
         if state.weights is None:
             state.credit += budget
@@ -329,10 +298,8 @@ class MotionCachePolicy(ExactPolicy):
     ) -> Tensor:
         """What the weights are made of, `[frames, tokens per frame]`."""
         cfg = self.config
-        if cfg.score in ("residual_change", "reuse_error"):
-            scores = state.buffer.change.to(signals.inputs.device)
-            if state.span is not None:
-                scores = scores / state.span.clamp_min(1e-8)
+        if cfg.score == "residual_change":
+            scores = state.buffer.change
         elif cfg.score == "input_change":
             last = state.last_input.float()
             moved = (signals.inputs.float() - last).abs().mean(dim=(0, 2))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -16,23 +14,18 @@ class ReuseBuffer:
 
     Args:
         order: 0 keeps one value per token, 1 keeps two and extrapolates.
-        storage: device that holds the values between uses; None leaves them where they were computed.
-        measure: what `change` keeps of each token's last measurement: `"change"`, the relative L1 change since the one
-            before, or `"error"`, the mean absolute error of the value that would have been reused instead. None keeps
-            nothing.
+        measures_change: whether `change` keeps each token's relative L1 change between its last two computations.
         weight: share of the extrapolated change that counts.
     """
 
     def __init__(
         self,
         order: int = 0,
-        storage: torch.device | None = None,
-        measure: Literal["change", "error"] | None = None,
+        measures_change: bool = False,
         weight: float = 1.0,
     ) -> None:
         self.order = order
-        self.storage = storage
-        self.measure = measure
+        self.measures_change = measures_change
         self.weight = weight
         self.last: Tensor | None = None
         self.before: Tensor | None = None
@@ -57,15 +50,13 @@ class ReuseBuffer:
         Raises:
             RuntimeError: a selection is stored before the whole chunk ever was.
         """
-        values = values.to(self.storage) if self.storage is not None else values
         if tokens is None:
             self._store_all(values, time)
             return
         if self.last is None or self.last_time is None:
             raise RuntimeError("a chunk's first stored step must cover all its tokens")
-        tokens = tokens.to(self.last.device)
-        if self.measure is not None:
-            self.change[tokens] = self._measured(values, time, tokens)
+        if self.measures_change:
+            self.change[tokens] = _relative_change(values, self.last[:, tokens])
         if self.order:
             if self.before is None:  # only now does any token have two measurements
                 self.before, self.before_time = self.last.clone(), self.last_time.clone()
@@ -75,22 +66,13 @@ class ReuseBuffer:
         self.last_time.index_fill_(0, tokens, time)
 
     def _store_all(self, values: Tensor, time: float) -> None:
-        if self.measure is not None:
-            if self.last is None:
-                self.change = torch.zeros(values.shape[1], device=values.device)
-            else:
-                self.change = self._measured(values, time, slice(None))
+        if self.measures_change:
+            unknown = torch.zeros(values.shape[1], device=values.device)
+            self.change = unknown if self.last is None else _relative_change(values, self.last)
         if self.order:
             self.before, self.before_time = self.last, self.last_time
         self.last = values
         self.last_time = torch.full((values.shape[1],), time, device=values.device)
-
-    def _measured(self, values: Tensor, time: float, tokens: Tensor | slice) -> Tensor:
-        """`change` of new values `[batch, count, channels]`, before they are stored: `[count]` float32."""
-        if self.measure == "change":
-            return _relative_change(values, self.last[:, tokens])
-        reused = self.predict(time, values.device)[:, tokens]
-        return (values.float() - reused.float()).abs().mean(dim=(0, 2))
 
     def predict(self, time: float, device: torch.device) -> Tensor:
         """The chunk's values at `time`, `[batch, tokens, channels]` on `device`.
