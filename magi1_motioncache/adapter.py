@@ -115,11 +115,11 @@ class CachedDenoiser(ExactDenoiser):
         start = call.chunk * self._chunk_tokens
         return ChunkView(self.cache(_branch(call)), Write(start, self._chunk_tokens, tokens, seen_from=start))
 
-    def new_cache(self) -> KVCache:
-        """An empty cache as the config wants it."""
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache with room for so many rows, as the config wants it."""
         compression = Compression.of(self.engine.config, self._grid)
         staging = self.engine.new_staging(self._latents.device)
-        cache = KVCache(*self._sizes, compression=compression, staging=staging)
+        cache = KVCache(*self._sizes, rows, compression, staging)
         self.engine.watch(cache)
         return cache
 

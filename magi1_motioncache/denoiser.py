@@ -132,12 +132,12 @@ class ExactDenoiser:
     def cache(self, name: str) -> KVCache:
         """The cache of a guidance pass, made when it is first asked for."""
         if name not in self.caches:
-            self.caches[name] = self.new_cache()
+            self.caches[name] = self.new_cache(self.plan.most_chunks(name) * self._chunk_tokens)
         return self.caches[name]
 
-    def new_cache(self) -> KVCache:
-        """An empty cache."""
-        return KVCache(*self._sizes)
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache with room for so many rows."""
+        return KVCache(*self._sizes, rows)
 
     def release(self, before_chunk: int) -> None:
         """Free what belongs to chunks that no later forward attends to."""

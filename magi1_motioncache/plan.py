@@ -135,6 +135,20 @@ class SamplingPlan:
         """Model steps of the whole video."""
         return self.config.steps_per_stage * (self.num_chunks + self.config.window_size - 1 - self.offset)
 
+    def most_chunks(self, branch: str) -> int:
+        """Most chunks whose keys are held at a time: by a guidance pass, or by the nearly-clean copy (`"near"`)."""
+        if branch == Role.NEAR.value:
+            return 1
+        if branch != self.keeping_pass.value:  # of its own iteration, in which one more may be at its clean pass
+            at_once = self.config.window_size + (branch == Pass.TEXT.value)
+            return min(at_once, self.num_chunks - self.offset)
+        most, earliest = self.offset, self.num_chunks
+        for calls in reversed(list(self.iterations())):
+            calls = [call for call in calls if call.branch is self.keeping_pass and call.role is not Role.NEAR]
+            earliest = min(earliest, *(call.kv_start for call in calls))
+            most = max(most, calls[-1].kv_end - earliest)
+        return most
+
     def prefix_calls(self) -> tuple[ChunkCall, ...]:
         """Forwards of the given whole chunks, before the first iteration."""
         config = self.config

@@ -82,7 +82,8 @@ class RecordedStep:
         if half_precision(self.case.name):
             model = to_mixed_precision(copy.deepcopy(model), torch.bfloat16)
         denoiser = ExactDenoiser(model, self.captions(), self.case.plan)
-        history, size = denoiser.cache(self.case.plan.keeping_pass.value), self.case.chunk_tokens
+        plan, size = self.case.plan, self.case.chunk_tokens
+        history = denoiser.caches[plan.keeping_pass.value] = denoiser.new_cache(plan.num_chunks * size)
         before = self.case.tensors.get("kv_cache_before.layer0", torch.zeros(0))
         for start in range(0, len(before), size):
             write = Write(start, size)

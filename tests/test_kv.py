@@ -11,8 +11,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=["here", "waiting"])
 def make(request):
     """Makes a cache, on the model's device or in main memory."""
-    return lambda layers, tokens=None, width=4, **kwargs: KVCache(
-        layers, 2, width, tokens, **kwargs, staging=Staging(CPU) if request.param == "waiting" else None
+    return lambda layers, rows=None, width=4, **kwargs: KVCache(
+        layers, 2, width, rows, **kwargs, staging=Staging(CPU) if request.param == "waiting" else None
     )
 
 
@@ -29,7 +29,7 @@ def random_rows(count=8):
 
 
 def test_whole_and_selected_writes(make):
-    cache = make(layers=3, tokens=16)
+    cache = make(layers=3, rows=16)
     k, v = random_rows()
     write(cache, Write(0, 8), k, v)
     for number, (keys, _) in enumerate(write(cache, Write(8, 8), k * 2, v * 2)):
@@ -104,7 +104,7 @@ def test_caches_share_a_staging_in_turn():
 
 
 def test_writes_that_are_not_allowed(make):
-    cache = make(layers=1, tokens=8)
+    cache = make(layers=1, rows=8)
     k = torch.randn(1, 4, 2, 4)
     with pytest.raises(RuntimeError, match="never written whole"):
         cache.open(Write(0, 4, torch.tensor([1])), k)
@@ -112,5 +112,5 @@ def test_writes_that_are_not_allowed(make):
     cache.freeze(0)
     with pytest.raises(RuntimeError, match="are final"):
         cache.open(Write(0, 4), k)
-    with pytest.raises(RuntimeError, match="window of 8"):
+    with pytest.raises(RuntimeError, match="10 rows .* room for 8"):
         cache.open(Write(6, 4), k)

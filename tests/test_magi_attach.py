@@ -1,11 +1,12 @@
 """MotionCache on a `Magi1Pipeline`: attaching, detaching, what is computed, where it is kept."""
 
+import numpy as np
 import pytest
 import torch
 from magi_random import make_magi_pipeline
 from test_magi_adapter import CACHED
 
-from common.cache import MotionCacheConfig
+from common.cache import KVCache, MotionCacheConfig
 from common.errors import UserError
 from magi1_motioncache import ExactDenoiser, apply_motioncache, attach, cache_preset, remove_motioncache
 from magi1_motioncache.adapter import CachedDenoiser
@@ -142,3 +143,31 @@ def test_layers_that_wait_elsewhere_compute_the_same():
     layers = pipe.transformer.videodit_blocks.layers
     assert all(layer._diffusers_hook.get_hook("group_offloading") is not None for layer in layers)
     assert torch.equal(generate(pipe), before)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("cfg_number", [1, 3])
+@pytest.mark.parametrize(("window", "ranges"), [(2, (2,)), (2, ()), (4, (5, 4, 3, 2)), (4, (2, 4, 1, 1))], ids=str)
+def test_room_for_keys_is_made_for_as_many_chunks_as_are_held(cfg_number, window, ranges, prefix, monkeypatch):
+    held, room = {}, {}
+
+    class Counted(KVCache):
+        def __init__(self, *given):
+            super().__init__(*given)
+            room[self] = self.rows
+
+        def open(self, write, like):
+            opened = super().open(write, like)
+            held[self] = max(held.get(self, 0), write.end - self._layers[0].removed)
+            return opened
+
+    monkeypatch.setattr("magi1_motioncache.adapter.KVCache", Counted)
+    distilled = {"distill": True, "shortcut_mode": "8,16,16"} if cfg_number == 1 else {}
+    sampling = {"num_steps": 12, "window_size": window, "noise2clean_kvrange": ranges, "cfg_number": cfg_number}
+    pipe = make_magi_pipeline(layers=1, clean_chunk_kvrange=1, **sampling, **distilled)
+    pipe.set_progress_bar_config(disable=True)
+    apply_motioncache(pipe, MotionCacheConfig(distance="input", alpha=0.5, threshold=1e9, score="latent_motion"))
+    picture = np.zeros((32, 32, 3), np.uint8)
+    given = {0: {}, 1: {"image": picture}, 5: {"video": np.stack([picture] * 20)}}[prefix]
+    pipe("a red circle", **{**SIZE, "width": 32, "num_frames": 56}, **given)
+    assert held == room and len(room) == (3 if cfg_number == 3 else 2)

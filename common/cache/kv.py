@@ -161,8 +161,8 @@ class KVCache:
         layers: number of attention layers.
         heads: of K and V in each.
         width: channels of a head.
-        tokens: tokens of the whole window, for which there is room from the first write on, unless K/V are compressed
-            or wait elsewhere. None, and these, add rows as chunks begin.
+        rows: the most that are held at a time, for which room is made at the first write, unless K/V are compressed.
+            None, and compression, add rows as chunks begin.
         compression: what bounds the clean chunks' K/V.
         staging: keeps K/V in main memory and brings each layer's to the model's device when it is due; None leaves them
             there.
@@ -173,11 +173,11 @@ class KVCache:
         layers: int,
         heads: int,
         width: int,
-        tokens: int | None = None,
+        rows: int | None = None,
         compression: Compression | None = None,
         staging: Staging | None = None,
     ) -> None:
-        self.tokens = tokens
+        self.rows = rows
         self.compression = compression
         self._staging = staging
         self._layers = [LayerKV(layer, compression) for layer in range(layers)]
@@ -203,26 +203,28 @@ class KVCache:
             like: `[batch, ...]` of the dtype and device of K and V.
 
         Raises:
-            RuntimeError: the rows are final, outside the window, or a selection of a chunk that was never written
-                whole.
+            RuntimeError: the rows are final, more than there is room for, or a selection of a chunk that was never
+                written whole.
         """
         if write.start in self._frozen:
             raise RuntimeError(f"the K/V of the chunk at row {write.start} are final")
-        if self.tokens is not None and write.end > self.tokens:
-            raise RuntimeError(f"K/V write up to row {write.end} in a window of {self.tokens}")
         if write.tokens is not None and write.start not in self._whole:
             raise RuntimeError(f"the K/V of the chunk at row {write.start} were never written whole")
         if not self._whole:
             self._first = write.start
             for layer in self._layers:
                 layer.removed = write.start
-        self._whole.add(write.start)
         rows = write.end - self._layers[0].removed
+        # Made once, room leaves no pieces behind, and attention reads a head's rows in runs: the more so the fewer its
+        # queries.
+        at_once = self.compression is None and self.rows is not None
+        if at_once and rows > self.rows:
+            raise RuntimeError(f"{rows} rows of K/V where there is room for {self.rows}")
+        self._whole.add(write.start)
+        rows = self.rows if at_once else rows
         if self._staging is None:
-            # Room for a window is made once: attention reads a head's rows in runs, the more so the fewer its queries.
-            at_once = self.compression is None and self.tokens is not None
             for layer in self._layers:
-                layer.make_room(self.tokens if at_once else rows, *self._shape, like, by_head=at_once)
+                layer.make_room(rows, *self._shape, like, by_head=at_once)
             return self._opened(self._layers, write)
         self._staging.make_room(rows, *self._shape, like)
         # Compression scores everything; a whole write replaces what is there of its own chunk.
