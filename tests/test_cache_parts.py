@@ -94,27 +94,27 @@ class TestReuseBuffer:
         buffer.store(second[:, [1, 3]], 1.0, torch.tensor([1, 3]))
         expected = first.clone()
         expected[:, [1, 3]] = second[:, [1, 3]]
-        assert torch.equal(buffer.predict(7.0, first.device), expected)
+        assert torch.equal(buffer.predict(7.0), expected)
 
     def test_first_order_is_exact_for_a_line_in_time_however_tokens_were_chosen(self):
         slope, offset = torch.randn(2, 1, 6, 3).unbind(0)
         line = lambda t: offset + slope * t  # noqa: E731
         buffer = ReuseBuffer(order=1)
         buffer.store(line(0.0), 0.0)
-        assert torch.equal(buffer.predict(3.0, offset.device), line(0.0))  # one measurement: held
+        assert torch.equal(buffer.predict(3.0), line(0.0))  # one measurement: held
         some = torch.tensor([0, 4])
         buffer.store(line(1.0)[:, some], 1.0, some)
-        torch.testing.assert_close(buffer.predict(2.5, offset.device)[:, some], line(2.5)[:, some])
-        torch.testing.assert_close(buffer.predict(2.5, offset.device)[:, 1], line(0.0)[:, 1])
+        torch.testing.assert_close(buffer.predict(2.5)[:, some], line(2.5)[:, some])
+        torch.testing.assert_close(buffer.predict(2.5)[:, 1], line(0.0)[:, 1])
         buffer.store(line(3.0), 3.0)
         buffer.store(line(4.0)[:, some], 4.0, some)
-        torch.testing.assert_close(buffer.predict(6.0, offset.device), line(6.0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(buffer.predict(6.0), line(6.0), atol=1e-4, rtol=1e-4)
 
     def test_a_weight_follows_the_line_part_of_the_way(self):
         buffer = ReuseBuffer(order=1, weight=0.75)
         for time in (0.0, 2.0):
             buffer.store(torch.full((1, 2, 3), time), time)
-        torch.testing.assert_close(buffer.predict(6.0, torch.device("cpu")), torch.full((1, 2, 3), 5.0))
+        torch.testing.assert_close(buffer.predict(6.0), torch.full((1, 2, 3), 5.0))
 
     def test_change_is_relative_l1_per_token(self):
         buffer = ReuseBuffer(measures_change=True)
@@ -127,7 +127,7 @@ class TestReuseBuffer:
         with pytest.raises(RuntimeError, match="must cover all"):
             ReuseBuffer().store(torch.zeros(1, 1, 2), 0.0, torch.tensor([0]))
         with pytest.raises(RuntimeError, match="nothing was computed"):
-            ReuseBuffer().predict(0.0, torch.device("cpu"))
+            ReuseBuffer().predict(0.0)
 
 
 class TestConfig:

@@ -171,7 +171,7 @@ class Engine:
         if choice.decision == "full":
             outputs = blocks(x, None)
         else:
-            outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self.time(step), x.device)
+            outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self.time(step))
             if choice.tokens is not None:
                 with without_cudnn() if self.config.budget is None else nullcontext():  # nearly every one a new count
                     computed = blocks(_rows(x, choice.tokens), choice.tokens)
@@ -210,7 +210,7 @@ class Engine:
         if self.reuses_outputs:
             scale = self._output_scale(step)
             if choice.decision != "full":
-                output = state.buffer.predict(self.time(step), output.device) / scale
+                output = state.buffer.predict(self.time(step)) / scale
                 if tokens is not None:
                     output.index_copy_(1, tokens, computed)
         if choice.decision != "reuse":

@@ -306,10 +306,10 @@ class MotionCachePolicy(ExactPolicy):
             scores = moved / (last.abs().mean(dim=(0, 2)) + 1e-8)
         elif cfg.score == "random":
             generator = torch.Generator().manual_seed((step.window << 40) + (step.chunk << 20) + step.step)
-            scores = torch.rand(step.tokens, generator=generator)
+            scores = torch.rand(step.tokens, generator=generator).to(signals.inputs.device)
         else:
             previous = neighbour.last_frame if neighbour is not None else None
             if cfg.score == "latent_motion":
                 return motion.motion_map(signals.latents, step.grid, previous, relative=False)
             return motion.motion_map(outputs, step.grid, previous, relative=True)
-        return scores.to(signals.inputs.device).view(step.grid[0], -1)
+        return scores.view(step.grid[0], -1)

@@ -74,19 +74,19 @@ class ReuseBuffer:
         self.last = values
         self.last_time = torch.full((values.shape[1],), time, device=values.device)
 
-    def predict(self, time: float, device: torch.device) -> Tensor:
-        """The chunk's values at `time`, `[batch, tokens, channels]` on `device`.
+    def predict(self, time: float) -> Tensor:
+        """The chunk's values at `time`, `[batch, tokens, channels]`; a value that is held is not a copy.
 
         First order is Taylor's: last + weight·slope·(time - last_time), per token; a token measured once is held.
         """
         if self.last is None or self.last_time is None:
             raise RuntimeError("nothing was computed yet that could be reused")
         if self.before is None:
-            return self.last.to(device)
+            return self.last
         span = self.last_time - self.before_time
         ratio = torch.where(span.abs() > 1e-12, (time - self.last_time) / span, torch.zeros_like(span))
         place = (1 + self.weight * ratio).to(self.last.dtype)[None, :, None]
-        return torch.lerp(self.before, self.last, place).to(device)
+        return torch.lerp(self.before, self.last, place)
 
 
 def _relative_change(new: Tensor, old: Tensor) -> Tensor:
