@@ -72,6 +72,12 @@ def comparison(model: str, data: Data) -> str:
     return f"{model_table(rows)}\n{notes(rows, [])}{source(data)}"
 
 
+def quality(model: str, data: Data) -> str:
+    """The same without times, where samples are made beside other work."""
+    untimed = [{**row, "speedup_vs_exact": None, "speedup_vs_stock": None} for row in data["rows"]]
+    return comparison(model, {**data, "rows": untimed})
+
+
 def ablation(data: Data) -> str:
     """Every row of both models but exact's."""
     rows = [row for row in data["rows"] if row["psnr_db"] is not None]
@@ -255,8 +261,8 @@ FIDELITY = "python -m benchmarks.score_fidelity --config configs/{0}_slow.yaml -
 ABLATIONS = ("alpha", "chunk-phase", "threshold", "distance", "reuse", "vote", "score", "kv")
 MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
     "quality": ("quality-tiny", summary, QUALITY),
-    "quality-skyreels": ("quality-tiny", partial(comparison, "skyreels-v2-tiny"), QUALITY),
-    "quality-magi": ("quality-tiny", partial(comparison, "magi1-tiny"), QUALITY),
+    "quality-skyreels": ("quality-tiny", partial(quality, "skyreels-v2-tiny"), QUALITY),
+    "quality-magi": ("quality-tiny", partial(quality, "magi1-tiny"), QUALITY),
     "differences": ("best-tiny", differences, BEST),
     "parts": ("parts-tiny", parts, "python -m benchmarks.table OUT OUT2 --output results/parts-tiny.json"),
     "floor": ("floor-tiny", floor, "python -m benchmarks.table OUT OUT2 --output results/floor-tiny.json"),
