@@ -13,6 +13,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
+_WRITTEN_BY_RUNS = (":(exclude)results", ":(exclude)docs")
 
 
 @dataclass
@@ -59,13 +60,21 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit(folder: Path = REPOSITORY) -> str | None:
-    """Commit of the code, with `-dirty` added when files differ from it; None outside a repository."""
+    """Commit of the code, with `-dirty` added when files differ from it; None outside a repository.
+
+    Results and documents may differ: no run depends on them, and one that has just ended writes them.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN_BY_RUNS)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return commit + ("-dirty" if changes else "")
 
 
 def find_stage(stages: list[Stage], name: str) -> Stage | None:

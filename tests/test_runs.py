@@ -67,6 +67,10 @@ def test_commit_tells_of_changes_and_of_no_repository(tmp_path):
     subprocess.run([*git, "commit", "-qm", "first"], check=True)
     commit = runs.git_commit(tmp_path)
     assert re.fullmatch(r"[0-9a-f]{40}", commit)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/new.json").write_text("{}")
+    subprocess.run([*git, "add", "."], check=True)
+    assert runs.git_commit(tmp_path) == commit
     (tmp_path / "file").write_text("2")
     assert runs.git_commit(tmp_path) == f"{commit}-dirty"
 
