@@ -128,7 +128,8 @@ class Engine:
         if key not in self._states:
             cfg = self.config
             measures = self.selects_tokens and cfg.score == "residual_change"
-            buffer = ReuseBuffer(self._order, measures_change=measures, weight=cfg.extrapolation_weight)
+            order = 0 if cfg.extrapolation == "hold" else 1
+            buffer = ReuseBuffer(order, measures_change=measures, weight=cfg.extrapolation_weight)
             self._states[key] = ChunkState(buffer)
         return self._states[key]
 
@@ -171,7 +172,7 @@ class Engine:
         if choice.decision == "full":
             outputs = blocks(x, None)
         else:
-            outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self.time(step))
+            outputs = x.clone() if self.reuses_outputs else x + state.buffer.predict(self._time(step))
             if choice.tokens is not None:
                 with without_cudnn() if self.config.budget is None else nullcontext():  # nearly every one a new count
                     computed = blocks(_rows(x, choice.tokens), choice.tokens)
@@ -210,13 +211,13 @@ class Engine:
         if self.reuses_outputs:
             scale = self._output_scale(step)
             if choice.decision != "full":
-                output = state.buffer.predict(self.time(step)) / scale
+                output = state.buffer.predict(self._time(step)) / scale
                 if tokens is not None:
                     output.index_copy_(1, tokens, computed)
         if choice.decision != "reuse":
             inputs = _rows(signals.inputs, tokens)
             values = computed * scale if self.reuses_outputs else computed - inputs
-            state.buffer.store(values, self.time(step), tokens)
+            state.buffer.store(values, self._time(step), tokens)
             if self.selects_tokens and self.config.score == "input_change":
                 if tokens is None:
                     state.last_input = inputs.clone()
@@ -252,11 +253,7 @@ class Engine:
             raise ValueError("reuse 'update' needs a solver whose update is the output times a step size")
         return step.dt
 
-    @property
-    def _order(self) -> int:
-        return 0 if self.config.extrapolation == "hold" else 1
-
-    def time(self, step: ChunkStep) -> float:
+    def _time(self, step: ChunkStep) -> float:
         """Variable of a step over which cached values are extended."""
         return step.sigma if self.config.extrapolation == "sigma" else log_snr(step.sigma)
 
