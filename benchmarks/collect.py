@@ -23,6 +23,7 @@ class Collection:
     Attributes:
         folder: where it is.
         command: that made the samples.
+        changes: settings of the experiment that differ from its config, by name.
         samples: per method, then per stem of the files' names, the sample's summary.
         scores: the same of its scores; the exact video, with which others are compared, has none.
         vbench: per method, score per dimension and in `total`; empty without VBench.
@@ -31,6 +32,7 @@ class Collection:
 
     folder: SampleFolder
     command: str
+    changes: dict[str, Any]
     samples: dict[str, dict[str, Facts]]
     scores: dict[str, dict[str, Facts]]
     vbench: dict[str, dict[str, float]]
@@ -68,7 +70,8 @@ def collect(root: Path, partial: bool = False) -> Collection:
     if not stems:
         raise UserError(f"{str(root)!r} has no prompt that all of its methods have; go on with: {asked['command']}")
     vbench = _json(root / VBENCH) if (root / VBENCH).is_file() else {}
-    return Collection(folder, asked["command"], samples, _scores(folder, samples, stems), vbench, stems)
+    changes = asked.get("settings", {})
+    return Collection(folder, asked["command"], changes, samples, _scores(folder, samples, stems), vbench, stems)
 
 
 def _scores(

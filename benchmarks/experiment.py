@@ -1,6 +1,7 @@
 """What a comparison is made of: a model, prompts and methods, in one YAML file (`configs/experiments/`).
 
     config: configs/skyreels_v2_tiny_slow.yaml      # the model, and settings that all methods share
+    settings: {steps: 50}                           # those of them that differ from the file
     prompts: {split: reporting, count: 16}          # or {file: prompts.txt}, or {vbench: [color, scene], samples: 5}
     seed: 0                                         # prompt number i gets seed + i
     methods:
@@ -77,7 +78,8 @@ class Experiment:
     Attributes:
         path: the file.
         config: the model's settings file.
-        settings: what is in it.
+        settings: what is in it, with `changes`.
+        changes: settings that differ from the file, by name; those of a section as `sampling.<name>`.
         prompts: in their order.
         methods: by name, `exact` first.
     """
@@ -85,6 +87,7 @@ class Experiment:
     path: Path
     config: Path
     settings: RunSettings
+    changes: dict[str, Any]
     prompts: list[Prompt]
     methods: dict[str, Method]
 
@@ -96,7 +99,7 @@ class Experiment:
             UserError: a key, a value or a file that it names is wrong.
         """
         values = read_yaml(path)
-        check_keys("experiment setting", values, ["config", "prompts", "seed", "methods"])
+        check_keys("experiment setting", values, ["config", "settings", "prompts", "seed", "methods"])
         for key, kind in (("config", str), ("prompts", dict), ("methods", dict)):
             if not isinstance(values.get(key), kind) or not values[key]:
                 raise UserError(f"experiment {str(path)!r} needs '{key}: ...'; see an example in configs/experiments/")
@@ -104,7 +107,8 @@ class Experiment:
         check_type("seed", seed, int)
         check_range("seed", seed, 0, LARGEST_SEED)
         config = REPOSITORY / values["config"]
-        settings = load_settings(config)
+        changes = _changes(values.get("settings") or {})
+        settings = load_settings(config, options=changes)
         if settings.kind != "text":
             raise UserError(
                 f"config {str(config)!r} gives a {settings.kind}, and experiments are of text alone; leave it out"
@@ -113,7 +117,16 @@ class Experiment:
         if EXACT not in methods:
             raise UserError("methods: the reference is missing, with which all are compared; add a line 'exact: {}'")
         methods = {EXACT: methods.pop(EXACT), **methods}
-        return cls(path, config, settings, _prompts(values["prompts"], seed), methods)
+        return cls(path, config, settings, changes, _prompts(values["prompts"], seed), methods)
+
+
+def _changes(given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise UserError(f"settings: {given!r} is not allowed; give {{steps: 50, ...}}")
+    for name in given:
+        if name in ("prompt", "seed") or str(name).partition(".")[0] == "cache":
+            raise UserError(f"settings: {name} is not allowed; the experiment's prompts, seed and methods say it")
+    return given
 
 
 def _method(name: str, given: Any, config: Path, settings: RunSettings) -> Method:

@@ -148,7 +148,7 @@ def plan_work(path: Path, methods: Sequence[str], chunks: int, prompts: int, par
     if prompts > len(experiment.prompts):
         raise UserError(f"--prompts {prompts} is not allowed; {str(path)!r} has {len(experiment.prompts)}")
     caches = {name: experiment.methods[name].cache for name in methods}
-    options = LONG_VIDEOS[family_of(experiment.config)].options(experiment.settings, chunks)
+    options = {**experiment.changes, **LONG_VIDEOS[family_of(experiment.config)].options(experiment.settings, chunks)}
     settings = load_settings(experiment.config, options=options)
     weights = weights_digest(find_checkpoint(experiment.config, settings))
     facts = {**settings.to_dict(), "cache": [[name, cache.to_dict()] for name, cache in caches.items()]}

@@ -94,8 +94,8 @@ def _announce(plan: Plan, reporter: Reporter, command: str) -> None:
     experiment = plan.experiment
     reporter.note(f", {experiment.path.name}: {_standing(plan)}", head=experiment.settings.model)
     stems = [prompt.stem for prompt in experiment.prompts]
-    facts = {"experiment": str(experiment.path), "command": command, "methods": list(experiment.methods)}
-    write_json(plan.folder.root / "experiment.json", {**facts, "stems": stems})
+    facts = {"experiment": str(experiment.path), "command": command, "settings": experiment.changes}
+    write_json(plan.folder.root / "experiment.json", {**facts, "methods": list(experiment.methods), "stems": stems})
 
 
 def _make_one_share(rank: int, world: int, reporter: Reporter, plan: Plan) -> None:

@@ -156,7 +156,7 @@ class Sampler:
             torch.cuda.set_device(device)
         self.subjects: dict[torch.dtype, Subject] = {}
         for dtype in {self._dtype(method): None for method in methods}:
-            options = {"device": str(device)}
+            options = {**plan.experiment.changes, "device": str(device)}
             self.subjects[dtype] = load_subject(plan.experiment.config, dtype_name(dtype), options)
         self._warm: set[str] = set()
 

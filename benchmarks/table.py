@@ -66,7 +66,7 @@ def row_of(collection: Collection, method: str) -> dict[str, Any]:
     own = [collection.samples[method][stem] for stem in stems]
     exact = [collection.samples[EXACT][stem] for stem in stems]
     row: dict[str, Any] = {
-        "model": own[0]["model"],
+        "model": ", ".join([own[0]["model"], *(f"{name} {value}" for name, value in collection.changes.items())]),
         "method": method,
         "preset": preset_of(method),
         "compute_share": _short(_mean(a["flops"] / b["flops"] for a, b in zip(own, exact, strict=True))),

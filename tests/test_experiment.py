@@ -58,6 +58,14 @@ def test_methods_are_the_base_settings_with_their_changes(load):
     assert experiment.config == REPOSITORY / GOOD["config"]
 
 
+def test_settings_can_differ_from_the_config(load):
+    experiment = load(settings={"steps": 50, "guidance_scale": 2.0})
+    assert (experiment.settings.steps, experiment.settings.guidance_scale) == (50, 2.0)
+    assert experiment.changes == {"steps": 50, "guidance_scale": 2.0}
+    assert load().changes == {} and load().settings.steps == 30
+    assert experiment.methods == load().methods
+
+
 def test_prompts_of_a_split_have_numbered_seeds_and_names(load):
     found = load().prompts
     assert [p.text for p in found] == prompts("reporting", 3)
@@ -114,6 +122,11 @@ def test_the_papers_eleven_dimensions_cover_all_sixteen():
         ({"config": None}, "needs 'config: ...'"),
         ({"promts": {}}, "unknown experiment setting 'promts'; did you mean 'prompts'"),
         ({"seed": -1}, "seed: -1 is outside"),
+        ({"settings": ["steps"]}, "settings: .* is not allowed; give"),
+        ({"settings": {"step": 50}}, "unknown setting 'step'; did you mean 'steps'"),
+        ({"settings": {"steps": 0}}, "steps: 0 is outside"),
+        ({"settings": {"cache.threshold": 1}}, "settings: cache.threshold is not allowed; the experiment's .* methods"),
+        ({"settings": {"seed": 1}}, "settings: seed is not allowed"),
         ({"prompts": {"split": "reportin"}}, "split 'reportin' is unknown"),
         ({"prompts": {"split": "reporting", "count": 0}}, "count: 0 is outside"),
         ({"prompts": {"split": "reporting", "samples": 2}}, "unknown setting of prompts 'samples'"),

@@ -65,6 +65,17 @@ def times(output):
     return {name: changed for name, (_, changed) in finished(output).items()}
 
 
+def test_settings_of_the_experiment_are_those_of_its_samples(job, tmp_path):
+    path = tmp_path / "shorter.yaml"
+    path.write_text(f"{job.read_text()}settings: {{steps: 3}}\n")
+    assert sample.main([str(path), "--output", str(tmp_path / "out"), "--prompts", "1"]) == 0
+    for method in METHODS:
+        assert [s["config"]["steps"] for s in summaries(tmp_path / "out", method)] == [3]
+    trace = Trace.from_dict(json.loads(next((tmp_path / "out/exact").glob("*.trace.json")).read_text()))
+    assert {record.step for record in trace.records if record.role == "denoise"} == {0, 1, 2}
+    assert json.loads((tmp_path / "out/experiment.json").read_text())["settings"] == {"steps": 3}
+
+
 def test_each_method_has_each_prompt_with_all_its_figures(job, undisturbed):
     experiment = Experiment.load(job)
     for method in METHODS:

@@ -58,6 +58,12 @@ def test_rows(samples):
     assert rows["stock"]["kv_bytes"] is None
 
 
+def test_a_model_is_named_with_the_settings_that_its_experiment_changed(samples):
+    record = json.loads((samples / "experiment.json").read_text())
+    write(samples / "experiment.json", record | {"settings": {"steps": 50, "ar_step": 0}})
+    assert rows_by_method(samples)["exact"]["model"] == "skyreels-v2-tiny, steps 50, ar_step 0"
+
+
 def test_difference_from_flowcache_is_paired_and_at_one_share(samples):
     rows = rows_by_method(samples)
     assert rows["motioncache-matched@0.4"]["minus_flowcache"] == [-1.5, 0.0]
