@@ -110,7 +110,7 @@ def load(name: str, size: str, every: int) -> tuple[Subject, slice]:
 
 
 def modes(subject: Subject, config: str) -> list[Mode]:
-    """The library's own forward where there is one, exact, and cached; with K/V on the GPU, and in main memory.
+    """The library's own forward where there is one, exact, and cached; K/V on the GPU, in 8 bits, in main memory.
 
     Args:
         subject: to be denoised.
@@ -123,12 +123,10 @@ def modes(subject: Subject, config: str) -> list[Mode]:
         return cached.replace(budget=BUDGET, warmup_steps=1, chunk_phase=0)
 
     found = [Mode("stock", None)] if subject.has_stock else []
-    configs = {
-        "exact": MotionCacheConfig.preset("exact"),
-        f"budget {BUDGET:g}": settings("slow"),
-        "best": settings("best"),
-    }
+    cached = {f"budget {BUDGET:g}": settings("slow"), "best": settings("best")}
+    configs = {"exact": MotionCacheConfig.preset("exact"), **cached}
     found += [Mode(name, config) for name, config in configs.items()]
+    found += [Mode(f"{name}, kv_dtype int8", config.replace(kv_dtype="int8")) for name, config in cached.items()]
     return found + [
         Mode(f"{name}, state_device cpu", config.replace(state_device="cpu")) for name, config in configs.items()
     ]

@@ -119,7 +119,7 @@ class CachedDenoiser(ExactDenoiser):
         """An empty cache with room for so many rows, as the config wants it."""
         compression = Compression.of(self.engine.config, self._grid)
         staging = self.engine.new_staging(self._latents.device)
-        cache = KVCache(*self._sizes, rows, compression, staging)
+        cache = KVCache(*self._sizes, rows, compression, staging, self.engine.packs_kv)
         self.engine.watch(cache)
         return cache
 

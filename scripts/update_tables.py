@@ -40,6 +40,14 @@ KINDS = {
     "motioncache-matched": "MotionCache",
     "best-matched": "best (ours)",
 }
+ELSEWHERE = {
+    "teacache-matched": "TeaCache",
+    BASELINE: "FlowCache",
+    "motioncache-matched": "MotionCache",
+    "motioncache-shared": "MotionCache, shared",
+    "best-matched": "best",
+}
+ROUNDED = {"exact-bfloat16": "everything, to bfloat16", "kv-int8": "K/V, to 8 bits"}
 METHODS = {"vanilla": "vanilla", "teacache": "TeaCache", "flowcache": "FlowCache", "motioncache": "MotionCache"}
 PARTS = ("all", "early", "middle", "late")
 Data = dict[str, Any]
@@ -124,11 +132,31 @@ def parts(data: Data) -> str:
     return markdown_table(["model", "method", "compute", "PSNR, dB", "SSIM", "ΔPSNR to best"], lines) + source(data)
 
 
+def elsewhere(data: Data) -> str:
+    """One line per model and settings: PSNR and compute of each method, and two differences, paired per prompt."""
+    found = {(row["model"], split_name(row["method"])[0]): row for row in data["rows"]}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in data["rows"]):
+        rows = {kind: found.get((model, kind)) for kind in ELSEWHERE}
+        cells = [f"{r['psnr_db']:.1f} ({r['compute_share']:.0%})" if r else "–" for r in rows.values()]
+        for kind, other in (("best-matched", "teacache-matched"), ("motioncache-shared", "motioncache-matched")):
+            ours, theirs = rows[kind], rows[other]
+            if ours is None or theirs is None:
+                cells.append("–")
+                continue
+            gain = paired_difference(ours["psnr_by_prompt"], theirs["psnr_by_prompt"])
+            cells.append(f"{gain.mean:+.1f} ± {gain.half_width:.1f}")
+        lines.append([model, *cells])
+    header = ["model, settings", *ELSEWHERE.values(), "best − TeaCache", "shared − MotionCache"]
+    note = f"\nPSNR in dB (share of exact's FLOPs), mean over {data['rows'][0]['n']} prompts.\n"
+    return markdown_table(header, lines) + note + source(data)
+
+
 def floor(data: Data) -> str:
     """What rounding alone does to each model's videos."""
-    rows = [row for row in data["rows"] if row["method"] == "exact-bfloat16"]
-    lines = [[row["model"], cell(row, "psnr_db"), cell(row, "ssim"), str(row["n"])] for row in rows]
-    return markdown_table(["model", "PSNR of exact in bfloat16, dB", "SSIM", "prompts"], lines) + source(data)
+    rows = [(ROUNDED[row["method"]], row) for row in data["rows"] if row["method"] in ROUNDED]
+    lines = [[row["model"], what, cell(row, "psnr_db"), cell(row, "ssim"), str(row["n"])] for what, row in rows]
+    return markdown_table(["model", "rounded", "PSNR, dB", "SSIM", "prompts"], lines) + source(data)
 
 
 def quoted(family: str) -> str:
@@ -265,6 +293,7 @@ MEASURED: dict[str, tuple[str, Callable[[Data], str], str]] = {
     "quality-magi": ("quality-tiny", partial(quality, "magi1-tiny"), QUALITY),
     "differences": ("best-tiny", differences, BEST),
     "parts": ("parts-tiny", parts, "python -m benchmarks.table OUT OUT2 --output results/parts-tiny.json"),
+    "elsewhere": ("elsewhere-tiny", elsewhere, "python -m benchmarks.table OUT … --output results/elsewhere-tiny.json"),
     "floor": ("floor-tiny", floor, "python -m benchmarks.table OUT OUT2 --output results/floor-tiny.json"),
     "table1-skyreels": ("table1-tiny", partial(comparison, "skyreels-v2-tiny"), REPRODUCE),
     "table1-magi": ("table1-tiny", partial(comparison, "magi1-tiny"), REPRODUCE),

@@ -182,7 +182,7 @@ class MotionCacheHook(ModelHook):
             self._staging = self.engine.new_staging(hidden_states.device)
         config, rows = module.config, self.plan.chunks * tokens
         size = len(module.blocks), config.num_attention_heads, config.attention_head_dim
-        cache = KVCache(*size, rows, compression, self._staging)
+        cache = KVCache(*size, rows, compression, self._staging, self.engine.packs_kv)
         self.engine.watch(cache)
         return cache
 

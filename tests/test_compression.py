@@ -220,3 +220,26 @@ def test_renewed_prefixes_cannot_be_compressed():
     pipe, _ = random_pipeline()
     with pytest.raises(UserError, match="use 'frozen'"):
         apply_motioncache(pipe, ALWAYS["flowcache"].replace(kv_budget=2), prefix_noise="fresh")
+
+
+# -- in 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [skyreels, magi])
+@pytest.mark.parametrize("kv_budget", [None, 2])
+def test_eight_bits_are_near_and_take_less_room(run, kv_budget):
+    config = ALWAYS["flowcache"].replace(kv_budget=kv_budget)
+    plain, trace = run(config)
+    ours, packed = run(config.replace(kv_dtype="int8"))
+    error = (ours - plain).abs().max() / plain.abs().max()
+    assert 0 < error < 0.02
+    width = 12 if run is skyreels else 32  # channels of a head
+    assert packed.peak_bytes["kv"] * width * 4 == trace.peak_bytes["kv"] * (width + 1)
+
+
+@pytest.mark.parametrize("run", [skyreels, magi])
+def test_exact_keeps_its_keys_as_they_are(run):
+    exact = MotionCacheConfig.preset("exact")
+    (ours, kept), (plain, trace) = run(exact.replace(kv_dtype="int8")), run(exact)
+    assert torch.equal(ours, plain) and kept.peak_bytes == trace.peak_bytes
+    assert MotionCacheConfig(kv_dtype="int8").tag.endswith("-kvint8") and exact.replace(kv_dtype="int8").tag == "exact"

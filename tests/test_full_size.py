@@ -14,7 +14,7 @@ from benchmarks.speed.kernels import DEFAULT, MASKED
 from benchmarks.speed.page import markdown
 from benchmarks.speed.skyreels import SkyReels
 
-OFFLOADED = ["exact, K/V in main memory", "cached 0.25, K/V in main memory"]
+SMALL = ["exact, K/V in main memory", "cached 0.25, K/V in main memory", "cached 0.25, K/V in 8 bits"]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def modes(data, model):
 def test_one_call_gives_every_row(result):
     data, page = result
     paper = "paper 30 of 113 PFLOP"
-    assert modes(data, "skyreels-v2-random") == ["exact", paper, "stock", *OFFLOADED, "cached 0.5"]
-    assert modes(data, "magi-1-random") == ["exact", "paper 64 of 139 PFLOP", *OFFLOADED, "cached 0.5"]
+    assert modes(data, "skyreels-v2-random") == ["exact", paper, "stock", *SMALL, "cached 0.5"]
+    assert modes(data, "magi-1-random") == ["exact", "paper 64 of 139 PFLOP", *SMALL, "cached 0.5"]
     assert data["failed"] == data["missing"] == []
     assert page.count("≈") == len(data["rows"]) + 1
     rows = {(row["model"], row["mode"]): row for row in data["rows"]}
@@ -93,7 +93,7 @@ def test_compiled_rows_and_eager_ones_take_turns(tmp_path, monkeypatch):
     data, paper = json.loads(output.read_text()), "paper 30 of 113 PFLOP"
     assert data["checks"][-1]["check"] == "exact compiled against eager, bfloat16"
     rows = {row["mode"]: row for row in data["rows"]}
-    assert list(rows) == ["exact", paper, "exact, compiled", f"{paper}, compiled", *OFFLOADED]
+    assert list(rows) == ["exact", paper, "exact, compiled", f"{paper}, compiled", *SMALL]
     for mode, row in rows.items():
         compiled = mode.endswith("compiled")
         assert ("blocks, compiled" in row["components"]) == compiled == ("graphs" in row)
@@ -142,7 +142,7 @@ def test_a_check_that_is_off_makes_the_exit_code(quick, tmp_path, monkeypatch):
     data = json.loads(output.read_text())
     assert [check["passed"] for check in data["checks"]] == [True, False, False]
     assert [check["difference"] for check in data["checks"]] == [pytest.approx(0.05), pytest.approx(0.15), 1e300]
-    assert len(data["rows"]) == 6  # and the run goes on
+    assert len(data["rows"]) == 7  # and the run goes on
     assert "| model | far | 0.15 | 0.1 | **no** |" in output.with_suffix(".md").read_text()
 
 
@@ -159,7 +159,7 @@ def test_a_failing_row_is_told_and_the_others_go_on(quick, tmp_path):
         {"model": "magi-1-random", "what": "exact, compiled", "error": memory},
     ]
     assert f"- **failed**: magi-1-random exact, compiled: `{memory}`" in page
-    assert len(data["rows"]) == 13 - len(data["failed"])
+    assert len(data["rows"]) == 15 - len(data["failed"])
 
 
 def test_a_model_that_cannot_be_made_leaves_the_other(quick, tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_be_made_leaves_the_other(quick, tmp_path, monkeypat
     assert run("--shares", "--only-eager", "--output", output) == 1
     data = json.loads(output.read_text())
     assert [failure["what"] for failure in data["failed"]] == ["model with random weights"]
-    assert modes(data, "magi-1-random") == ["exact", "paper 64 of 139 PFLOP", *OFFLOADED]
+    assert modes(data, "magi-1-random") == ["exact", "paper 64 of 139 PFLOP", *SMALL]
 
 
 def test_no_row_begins_after_the_time_limit(quick, tmp_path):
@@ -191,7 +191,7 @@ def test_no_row_begins_after_the_time_limit(quick, tmp_path):
         ("skyreels", "exact, compiled"),
         ("skyreels", "paper 30 of 113 PFLOP, compiled"),
     ]
-    assert len(begun) + len(missing) == 17 and page.count("- not begun within 45 s: ") == len(missing)
+    assert len(begun) + len(missing) == 19 and page.count("- not begun within 45 s: ") == len(missing)
 
 
 def test_an_interrupted_run_says_what_it_has(quick, tmp_path, capsys):

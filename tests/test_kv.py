@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from common.cache import Compression, KVCache, Staging, Write
+from common.cache.eight_bit import pack, unpack
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,32 @@ def test_whole_and_selected_writes(make):
         torch.testing.assert_close(layer.read(4, 16)[1], expected[:, 4:] * (number + 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_are_read_as_they_were_given_up_to_rounding(make, dtype):
+    cache, plain = make(layers=2, rows=16, packed=True), make(layers=2, rows=16)
+    k, v = (rows.to(dtype) * 3 for rows in random_rows())
+    tokens = torch.tensor([1, 6])
+    for at in (Write(0, 8), Write(8, 8), Write(8, 8, tokens), Write(8, 8, seen_from=8)):
+        given = (k, v) if at.tokens is None else (k[:, tokens] * 5, v[:, tokens] * 5)
+        for ours, expected in zip(write(cache, at, *given), write(plain, at, *given), strict=True):
+            for rows, exact in zip(ours, expected, strict=True):
+                assert rows.dtype == dtype and rows.shape == exact.shape
+                error = (rows - exact).abs().amax(-1) / exact.abs().amax(-1)
+                assert 0 < error.max() < (0.0044 if dtype == torch.float32 else 0.009)
+    assert cache.bytes == 2 * 2 * 16 * 2 * (4 + 1)
+    (older, _), (exact, _) = (next(iter(one.look(0, 8))).read(0, 8) for one in (cache, plain))
+    torch.testing.assert_close(older, exact, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-5, 1.0, 1e5])
+def test_a_row_of_any_size_can_be_packed(size):
+    rows = torch.tensor([[-1.0, 0.5, 0.25, 0.0]]) * size
+    packed = pack(rows)
+    assert packed.dtype == torch.int8 and packed.shape == (1, 5)
+    torch.testing.assert_close(unpack(packed, torch.float32), rows, rtol=0, atol=max(0.0043 * size, 2**-23))
+    assert torch.equal(pack(unpack(packed, torch.float32)), packed) or size < 1e-6
+
+
 def test_earlier_tokens_are_left_out(make):
     cache = make(layers=2)
     k, v = random_rows(12)
@@ -71,9 +98,13 @@ def test_dropped_rows_make_room(make):
     assert keys.shape[1] == 4 and cache.length(104) == 4
 
 
-def test_compression_is_the_same_in_main_memory():
+@pytest.mark.parametrize("packed", [False, True])
+def test_compression_is_the_same_in_main_memory(packed):
     torch.manual_seed(0)
-    caches = [KVCache(2, 2, 4, compression=Compression(2, 4, 1), staging=staging) for staging in (None, Staging(CPU))]
+    compression = Compression(2, 4, 1)
+    caches = [
+        KVCache(2, 2, 4, compression=compression, staging=staging, packed=packed) for staging in (None, Staging(CPU))
+    ]
     for start in range(0, 40, 4):
         rows, query = random_rows(4), torch.randn(1, 4, 4, 4)
         at = Write(start, 4)

@@ -252,8 +252,8 @@ def test_large_tensors_of_the_host_are_never_touched():
 
 def test_rows_of_the_table():
     subject, _ = memory.load("skyreels", "tiny", 1)
-    names = ["exact", "budget 0.25", "best"]
-    names += [f"{name}, state_device cpu" for name in names]
+    plain = ["exact", "budget 0.25", "best"]
+    names = plain + [f"{name}, kv_dtype int8" for name in plain[1:]] + [f"{name}, state_device cpu" for name in plain]
     found = memory.modes(subject, memory.CONFIGS["skyreels"])
     assert [mode.name for mode in found] == ["stock", *names]
     assert {mode.config.state_device for mode in found[-3:]} == {"cpu"}

@@ -31,6 +31,11 @@ CASES = {
         [*EARLY, "cache.threshold=0.05", "cache.min_update_share=0", "cache.state_device=cpu"],
     ),
     "layers in main memory": (["--offload", "group", "--no-compare", "--preset", "best"], ["cache.threshold=0.5"]),
+    "K/V in 8 bits": (["--no-compare"], [*EARLY, "cache.budget=0.4", "cache.kv_dtype=int8"]),
+    "K/V in 8 bits, in main memory": (
+        ["--no-compare"],
+        [*EARLY, "cache.budget=0.4", "cache.kv_dtype=int8", "cache.state_device=cpu"],
+    ),
 }
 
 

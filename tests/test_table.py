@@ -254,7 +254,19 @@ def test_parts_in_a_document(documents, data):
 
 
 def test_floor_in_a_document(documents, data):
-    assert "| skyreels-v2-tiny | 51.00 ± 2.48 | 0.9000 ± 0.0000 | 3 |" in documents.floor(data)
+    line = "| skyreels-v2-tiny | everything, to bfloat16 | 51.00 ± 2.48 | 0.9000 ± 0.0000 | 3 |"
+    assert line in documents.floor(data)
+
+
+def test_methods_elsewhere_in_a_document(documents, tmp_path):
+    methods = {"exact": (1.0, 0.0), "best-matched@0.3": (0.3, 33.0), "teacache-matched@0.3": (0.29, 31.0)}
+    root = write_samples(tmp_path / "elsewhere", methods)
+    record = json.loads((root / "experiment.json").read_text())
+    write(root / "experiment.json", record | {"settings": {"steps": 50}})
+    table.make_table([root], tmp_path / "t.json", "python -m benchmarks.table out")
+    text = documents.elsewhere(json.loads((tmp_path / "t.json").read_text()))
+    line = "| skyreels-v2-tiny, steps 50 | 32.0 (29%) | – | – | – | 34.0 (30%) | +2.0 ± 0.0 | – |"
+    assert line in text and "mean over 3 prompts" in text
 
 
 def test_rows_in_a_document(documents, data):

@@ -13,7 +13,7 @@ STOCK_ITERATIONS = 2
 OFFLOADED_ITERATIONS = 1
 OFFLOADED_SHARE = 0.25
 CARD_GIB = 24.0
-"""Memory of the smaller card that K/V in main memory are meant for."""
+"""Memory of the smaller card that K/V in main memory or in 8 bits are meant for."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Wanted:
 
 
 def stages(subject: Subject, wanted: Wanted) -> list[list[Row]]:
-    """A model's rows, stage by stage: eager, compiled, offloaded, other shares, whole videos.
+    """A model's rows, stage by stage: eager, compiled, for a smaller card, other shares, whole videos.
 
     Exact comes first in its form, what is compared with it after. With several models, all begin a stage before one
     begins the next.
@@ -74,16 +74,17 @@ def stages(subject: Subject, wanted: Wanted) -> list[list[Row]]:
             Row(Mode(f"replay {name}", subject.cached.replace(budget=None), schedule=schedule), wanted.iterations)
         )
     compiled = [Row(mode, wanted.iterations, compiled=True) for mode in (exact, paper)]
-    offloaded = [
-        Row(_offloaded(mode), OFFLOADED_ITERATIONS, cap_gib=CARD_GIB)
-        for mode in (exact, _cached(subject, OFFLOADED_SHARE))
+    quarter = _cached(subject, OFFLOADED_SHARE)
+    small = [
+        Row(mode, OFFLOADED_ITERATIONS, cap_gib=CARD_GIB)
+        for mode in (_offloaded(exact), _offloaded(quarter), _packed(quarter))
     ]
     shares = [Row(_cached(subject, share), wanted.iterations) for share in wanted.shares]
     if wanted.compiled:
         shares += [replace(row, compiled=True) for row in shares]
     warmed = _paper(subject, subject.cached.replace(warmup_steps=WARMUP_STEPS))
     whole = [Row(mode, None, wanted.compiled) for mode in (exact, warmed)]
-    return [eager, compiled if wanted.compiled else [], offloaded, shares, whole if wanted.whole else []]
+    return [eager, compiled if wanted.compiled else [], small, shares, whole if wanted.whole else []]
 
 
 def _cached(subject: Subject, share: float) -> Mode:
@@ -98,3 +99,7 @@ def _paper(subject: Subject, config: MotionCacheConfig) -> Mode:
 
 def _offloaded(mode: Mode) -> Mode:
     return replace(mode, name=f"{mode.name}, K/V in main memory", config=mode.config.replace(state_device="cpu"))
+
+
+def _packed(mode: Mode) -> Mode:
+    return replace(mode, name=f"{mode.name}, K/V in 8 bits", config=mode.config.replace(kv_dtype="int8"))

@@ -68,6 +68,8 @@ class MotionCacheConfig:
         kv_budget: chunks' worth of clean K/V to keep per KV head (FlowCache's compression, see `compression`); `None`
             keeps all. `method="exact"` always keeps all.
         kv_granularity: whether tokens are kept one by one, or whole frames or chunks.
+        kv_dtype: what K/V are kept in: `"model"` as the model has them, `"int8"` in 8 bits with a scale for each token
+            and head, which takes half the room of bfloat16. `method="exact"` always keeps them as they are.
         state_device: where K/V wait between uses: on the model's device, or in main memory (`"cpu"`).
 
     Raises:
@@ -99,6 +101,7 @@ class MotionCacheConfig:
     bucket: int = 1
     kv_budget: int | None = None
     kv_granularity: Literal["token", "frame", "chunk"] = "token"
+    kv_dtype: Literal["model", "int8"] = "model"
     state_device: Literal["model", "cpu"] = "model"
 
     def __post_init__(self) -> None:
@@ -171,6 +174,8 @@ class MotionCacheConfig:
             parts.append(f"x{self.extrapolation_weight:g}")
         if self.kv_budget is not None:
             parts.append(f"kv{self.kv_budget}{self.kv_granularity}")
+        if self.kv_dtype != "model":
+            parts.append(f"kv{self.kv_dtype}")
         return "-".join(parts)
 
     def replace(self, **changes: Any) -> MotionCacheConfig:

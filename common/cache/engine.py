@@ -97,6 +97,11 @@ class Engine:
         """Whether signals must be given with an announcement."""
         return self.config.distance != "table"
 
+    @property
+    def packs_kv(self) -> bool:
+        """Whether K/V are to be kept in 8 bits."""
+        return self._caches and self.config.kv_dtype == "int8"
+
     def start_window(self) -> None:
         """Forget everything about the chunks before: a new video or window begins."""
         self._states.clear()

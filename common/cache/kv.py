@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.cache.compression import Compression, gather
+from common.cache.eight_bit import STEP_BYTES, pack, unpack
 from common.cache.staging import Staging
 
 
@@ -45,6 +46,8 @@ class LayerKV:
         compression: as for `KVCache`.
         keys, values: `[batch, rows, heads, head dim]` on the model's device; None until `KVCache.open` makes room, and
             between calls where K/V wait in main memory.
+        unpacked: dtype in which K and V are given and read, where they are kept packed (see `eight_bit`); None where
+            they are kept as they are given.
         removed: rows taken out so far, all of them before any row that is still written to.
         seen: the parts of `keys` and `values` that the running call attends to; its own chunk is at their end.
         waiting: by a chunk's first token, K and V in main memory, `[2, batch, tokens, heads, head dim]`, see `Staging`.
@@ -54,6 +57,7 @@ class LayerKV:
     compression: Compression | None
     keys: Tensor | None = None
     values: Tensor | None = None
+    unpacked: torch.dtype | None = None
     removed: int = 0
     seen: tuple[Tensor, Tensor] | None = None
     waiting: dict[int, Tensor] = field(default_factory=dict)
@@ -67,10 +71,11 @@ class LayerKV:
 
         Returns:
             K and V from `write.seen_from` to the chunk's end, `[batch, rows, heads, head dim]`: parts of the cache,
-            which the next write changes.
+            which the next write changes, or what they are unpacked to.
         """
         tokens = write.tokens
-        for seen, new in zip(self.seen, (key, value), strict=True):
+        for seen, given in zip(self.seen, (key, value), strict=True):
+            new = given if self.unpacked is None else pack(given)
             # Counted from the end: a compiled block has no place in the video built in.
             rows = seen[:, -write.length :]
             if tokens is None:
@@ -79,15 +84,24 @@ class LayerKV:
                 seen[:, tokens + (seen.shape[1] - write.length)] = new
             else:
                 rows.index_copy_(1, tokens, new)
-        return self.seen
+        keys, values = self.seen
+        return self._as_given(keys), self._as_given(values)
 
-    def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """K and V of the tokens from `start` to `end`, as far as they are there: views, as `update` returns them.
+    def see(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The rows of the tokens from `start` to `end`, as far as they are there and as they are kept: views.
 
         Where rows were taken out, what is left of them stands for the latest.
         """
         first, last = max(0, start - self.removed), end - self.removed
         return _rows(self.keys, first, last), _rows(self.values, first, last)
+
+    def read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V of the rows that `see` gives, as `update` returns them."""
+        keys, values = self.see(start, end)
+        return self._as_given(keys), self._as_given(values)
+
+    def _as_given(self, rows: Tensor) -> Tensor:
+        return rows if self.unpacked is None else unpack(rows, self.unpacked)
 
     def compress(self, query: Tensor, write: Write) -> None:
         """Cut the clean rows down to the budget, if they exceed it.
@@ -99,7 +113,7 @@ class LayerKV:
         end = write.end - self.removed
         if self.compression is None or end <= self.compression.budget:
             return
-        kept = self.compression.select(query, self.keys[:, :end])
+        kept = self.compression.select(query, self._as_given(self.keys[:, :end]))
         for store in (self.keys, self.values):
             moved = torch.cat([gather(store[:, :end], kept), store[:, end:]], dim=1)
             store[:, : moved.shape[1]] = moved
@@ -166,6 +180,7 @@ class KVCache:
         compression: what bounds the clean chunks' K/V.
         staging: keeps K/V in main memory and brings each layer's to the model's device when it is due; None leaves them
             there.
+        packed: whether rows are kept in 8 bits (see `eight_bit`).
     """
 
     def __init__(
@@ -176,12 +191,14 @@ class KVCache:
         rows: int | None = None,
         compression: Compression | None = None,
         staging: Staging | None = None,
+        packed: bool = False,
     ) -> None:
         self.rows = rows
         self.compression = compression
         self._staging = staging
         self._layers = [LayerKV(layer, compression) for layer in range(layers)]
-        self._shape = heads, width
+        self._shape = heads, width + STEP_BYTES if packed else width
+        self._packed = packed
         self._frozen: set[int] = set()
         self._whole: set[int] = set()  # first tokens of the chunks that were written and not dropped
         self._first = 0  # token of the first row, until compression takes rows out
@@ -222,6 +239,10 @@ class KVCache:
             raise RuntimeError(f"{rows} rows of K/V where there is room for {self.rows}")
         self._whole.add(write.start)
         rows = self.rows if at_once else rows
+        if self._packed:
+            for layer in self._layers:
+                layer.unpacked = like.dtype
+            like = like.new_empty(like.shape[0], 0, dtype=torch.int8)
         if self._staging is None:
             for layer in self._layers:
                 layer.make_room(rows, *self._shape, like, by_head=at_once)
@@ -235,7 +256,7 @@ class KVCache:
 
     def _opened(self, layers: Iterable[LayerKV], write: Write) -> Iterator[LayerKV]:
         for layer in layers:
-            layer.seen = layer.read(write.seen_from, write.end)
+            layer.seen = layer.see(write.seen_from, write.end)
             yield layer
             layer.seen = None
 
