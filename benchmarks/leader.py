@@ -104,10 +104,10 @@ class FollowingDenoiser(CachedDenoiser):
             return super().predict(call, latents)
         cache, size = self.caches[call.branch.value], self._leader._chunk_tokens
         chunk = (call.chunk * size, (call.chunk + 1) * size)
-        own = [tuple(rows.clone() for rows in layer.read(*chunk)) for layer in cache.look(*chunk)]
+        own = [tuple(rows.clone() for rows in layer.see(*chunk)) for layer in cache.look(*chunk)]
         velocity = super().predict(call, latents)
         for layer, before in zip(cache.look(*chunk), own, strict=True):
-            for rows, saved in zip(layer.read(*chunk), before, strict=True):
+            for rows, saved in zip(layer.see(*chunk), before, strict=True):
                 rows.copy_(saved)
         return velocity
 

@@ -225,7 +225,11 @@ def test_renewed_prefixes_cannot_be_compressed():
 # -- in 8 bits ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", [skyreels, magi])
+def magi_guided(config: MotionCacheConfig):
+    return magi(config, guided=True)
+
+
+@pytest.mark.parametrize("run", [skyreels, magi, magi_guided])
 @pytest.mark.parametrize("kv_budget", [None, 2])
 def test_eight_bits_are_near_and_take_less_room(run, kv_budget):
     config = ALWAYS["flowcache"].replace(kv_budget=kv_budget)

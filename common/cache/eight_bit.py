@@ -29,7 +29,11 @@ def pack(rows: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """What `pack` was given, up to rounding: `[..., width]` in `dtype`."""
-    return (packed[..., :-STEP_BYTES] * _size(packed[..., -STEP_BYTES:].float())).to(dtype)
+    numbers, size = packed[..., :-STEP_BYTES], _size(packed[..., -STEP_BYTES:].float())
+    if torch.compiler.is_compiling():  # PyTorch's compiler makes one pass of this, and refuses the other form
+        return (numbers * size).to(dtype)
+    # Into its own dtype at once: a layer's keys in float32 between would be four times what is read.
+    return torch.mul(numbers, size, out=torch.empty_like(numbers, dtype=dtype))
 
 
 def _size(step: Tensor) -> Tensor:
