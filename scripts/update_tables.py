@@ -38,6 +38,7 @@ KINDS = {
     BASELINE: "FlowCache",
     "flowcache-table": "FlowCache, measured distance",
     "motioncache-matched": "MotionCache",
+    "motioncache-shared": "MotionCache, shared selection",
     "best-matched": "best (ours)",
 }
 ELSEWHERE = {
