@@ -74,8 +74,8 @@ class LayerKV:
             which the next write changes, or what they are unpacked to.
         """
         tokens = write.tokens
-        for seen, given in zip(self.seen, (key, value), strict=True):
-            new = given if self.unpacked is None else pack(given)
+        given = (key, value) if self.unpacked is None else pack(torch.stack((key, value)))
+        for seen, new in zip(self.seen, given, strict=True):
             # Counted from the end: a compiled block has no place in the video built in.
             rows = seen[:, -write.length :]
             if tokens is None:
